@@ -1,0 +1,53 @@
+# patchbay: `make demo` runs the main job, `make test` runs every test; `make help` lists the rest.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+BIN := bin/patchbay
+FUZZTIME ?= 30s
+VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+TOOL := go tool -modfile=tools/go.mod
+# Rooms with goroutines that share memory: what -race is paid for.
+RACE := ./switch/... ./nat/... ./stack/... ./ipam/... ./internal/dns/... ./internal/dhcp/... ./internal/node/...
+
+.PHONY: help
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## build bin/patchbay
+	@mkdir -p bin
+	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/patchbay
+
+.PHONY: demo
+demo: build ## two containers on one network: names, NAT, a published port, measured and shown
+	@$(BIN) demo
+
+.PHONY: deps
+deps: ## install the Debian packages that the tests use (root, or sudo without a password)
+	@script/deps test
+
+.PHONY: test
+test: deps build ## install what the tests use and run all of them
+	PATCHBAY_BIN=$(CURDIR)/$(BIN) go test -p 2 -timeout 15m ./...
+
+.PHONY: race
+race: deps build ## the concurrent rooms again, under the race detector
+	PATCHBAY_BIN=$(CURDIR)/$(BIN) CGO_ENABLED=1 go test -race -short -p 1 -timeout 15m $(RACE)
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME (30s)
+	@script/fuzz $(FUZZTIME)
+
+.PHONY: lint
+lint: ## gofmt, go vet and golangci-lint
+	@out=$$(git ls-files '*.go' | xargs gofmt -l); if [ -n "$$out" ]; then echo "gofmt would change: $$out"; exit 1; fi
+	$(TOOL) golangci-lint run --timeout 10m ./...
+
+.PHONY: bench
+bench: build ## measure against the kernel and the peers side by side; writes bench/results
+	@script/deps bench
+	@$(BIN) bench all --report bench/results
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf bin
