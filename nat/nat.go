@@ -1,0 +1,169 @@
+package nat
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"patchbay/frame"
+	"patchbay/stack"
+)
+
+// Config is what New needs. Every field but Network may be zero, which means the default named with it.
+type Config struct {
+	// Network is the container network this NAT serves. Required.
+	Network stack.Network
+	// Subnets are the network's own prefixes, which are never reached through NAT.
+	Subnets []netip.Prefix
+	// HostLoopback lets containers reach the host's 127.0.0.1 and ::1 as Network.HostAlias. Default: refused.
+	HostLoopback bool
+	// AllowLinkLocal lets containers reach 169.254.0.0/16 and the clouds' other metadata addresses. Default: refused.
+	AllowLinkLocal bool
+	// Limits bound everything that a container or client can make grow.
+	Limits Limits
+	// Drops counts what was refused, by reason. Default: counters of its own, see NAT.Drops.
+	Drops *frame.DropCounters
+	// Logger gets state changes. Default: none.
+	Logger *slog.Logger
+	// Clock is the time that idle timeouts and caches go by. Default: time.Now.
+	Clock func() time.Time
+}
+
+// Limits are the bounds of a NAT. Zero fields take the default in brackets.
+type Limits struct {
+	TCPFlows              int // established and connecting, published included [16384]
+	TCPFlowsPerContainer  int // [8192]
+	HalfOpen              int // connects on the host that wait for an answer [1024]
+	HalfOpenPerContainer  int // [256]
+	UDPFlows              int // [16384]
+	UDPFlowsPerContainer  int // [4096]
+	PingFlows             int // [1024]
+	PingFlowsPerContainer int // [256]
+
+	DialTimeout time.Duration // for a host's or container's answer to a SYN [60 s]
+	TCPIdle     time.Duration // established and silent; RFC 5382 REQ-5 asks for at least 2 h 4 min [2 h 4 min]
+	TCPHalfIdle time.Duration // silent with one direction closed; REQ-5 [4 min]
+	UDPIdle     time.Duration // RFC 4787 REQ-5 [5 min]
+	PingIdle    time.Duration // RFC 5508 REQ-2 [60 s]
+}
+
+func (l Limits) withDefaults() Limits {
+	n := func(v *int, d int) {
+		if *v <= 0 {
+			*v = d
+		}
+	}
+	t := func(v *time.Duration, d time.Duration) {
+		if *v <= 0 {
+			*v = d
+		}
+	}
+	n(&l.TCPFlows, 16384)
+	n(&l.TCPFlowsPerContainer, 8192)
+	n(&l.HalfOpen, 1024)
+	n(&l.HalfOpenPerContainer, 256)
+	n(&l.UDPFlows, 16384)
+	n(&l.UDPFlowsPerContainer, 4096)
+	n(&l.PingFlows, 1024)
+	n(&l.PingFlowsPerContainer, 256)
+	t(&l.DialTimeout, 60*time.Second)
+	t(&l.TCPIdle, 2*time.Hour+4*time.Minute)
+	t(&l.TCPHalfIdle, 4*time.Minute)
+	t(&l.UDPIdle, 5*time.Minute)
+	t(&l.PingIdle, 60*time.Second)
+	return l
+}
+
+// NAT carries the flows of one container network. It implements stack.TCPHandler. Safe for concurrent use.
+type NAT struct {
+	net    stack.Network
+	limits Limits
+	drops  *frame.DropCounters
+	log    *slog.Logger
+	now    func() time.Time
+	hosts  *hostAddrs
+	policy *policy
+
+	streams *poller // TCP: connects and listeners
+	packets *poller // UDP and ICMP sockets; apart, so that a flood of datagrams does not delay connects
+
+	udp  *udpNAT
+	icmp *icmpNAT
+
+	closeOnce sync.Once
+}
+
+// New makes a NAT; nothing is served until Run. It opens no socket but those of its loops.
+func New(cfg Config) (*NAT, error) {
+	if cfg.Network == nil {
+		return nil, errors.New("nat: Config.Network is nil; give the gateway")
+	}
+	n := &NAT{net: cfg.Network, limits: cfg.Limits.withDefaults(), drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock}
+	if n.drops == nil {
+		n.drops = new(frame.DropCounters)
+	}
+	if n.log == nil {
+		n.log = slog.New(slog.DiscardHandler)
+	}
+	if n.now == nil {
+		n.now = time.Now
+	}
+	n.hosts = newHostAddrs(n.now)
+	n.policy = &policy{network: n.net, subnets: cfg.Subnets, hostLoopback: cfg.HostLoopback, allowLinkLocal: cfg.AllowLinkLocal, hosts: n.hosts}
+	var err error
+	if n.streams, err = newPoller(); err != nil {
+		return nil, err
+	}
+	if n.packets, err = newPoller(); err != nil {
+		n.streams.close()
+		return nil, err
+	}
+	if n.udp, err = newUDP(n); err == nil {
+		n.icmp, err = newICMP(n)
+	}
+	if err != nil {
+		n.Close()
+		return nil, err
+	}
+	return n, nil
+}
+
+// Run serves until ctx ends or Close is called (nil), or a loop fails. Call it once.
+func (n *NAT) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	errs := make(chan error, 2)
+	for _, p := range []*poller{n.streams, n.packets} {
+		go func() { errs <- p.run(ctx) }()
+	}
+	err := <-errs
+	cancel()
+	return errors.Join(err, <-errs)
+}
+
+// Close ends every flow and listener, and Run. Idempotent.
+func (n *NAT) Close() error {
+	n.closeOnce.Do(func() {
+		if n.icmp != nil {
+			n.icmp.close()
+		}
+		if n.udp != nil {
+			n.udp.close()
+		}
+		n.packets.close()
+		n.streams.close()
+	})
+	return nil
+}
+
+// UDP is the handler for datagrams to any address but the gateway's own.
+func (n *NAT) UDP() stack.PacketHandler { return n.udp }
+
+// ICMP is the handler for echo requests to any address but the gateway's own.
+func (n *NAT) ICMP() stack.PacketHandler { return n.icmp }
+
+// Drops are the counters of what was refused.
+func (n *NAT) Drops() *frame.DropCounters { return n.drops }

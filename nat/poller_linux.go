@@ -1,0 +1,297 @@
+package nat
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// pollBatch is how many ready descriptors one epoll_wait may report.
+const pollBatch = 256
+
+// pollHandler is called on the loop when its descriptor is ready. events holds EPOLL bits. It must not block; while it runs no
+// other handler of the same poller does.
+type pollHandler interface {
+	ready(events uint32)
+}
+
+// poller is one epoll loop. It blocks in epoll_wait itself and not in the runtime's poller: a readiness event then costs no hand-off
+// between goroutines, because the handler runs where the event is found.
+//
+// All methods may be called from any goroutine, before and during run.
+type poller struct {
+	epfd int
+	wake int // eventfd
+
+	mu      sync.Mutex
+	idle    sync.Cond // signalled when no handler runs; waits of remove
+	slots   []pollSlot
+	gen     uint32
+	running int // descriptor whose handler runs now, or -1
+	posted  []func()
+	spare   []func() // the other buffer of posted, reused
+	tick    func() time.Duration
+	tickAt  time.Time // zero: not armed
+	stopped bool      // Close was called
+	inRun   bool
+	freed   bool
+}
+
+// pollSlot is what is known of one descriptor; slots is indexed by descriptor, which the kernel keeps small and dense.
+type pollSlot struct {
+	h   pollHandler
+	gen uint32
+}
+
+func newPoller() (*poller, error) {
+	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("nat: epoll: %w", err)
+	}
+	wake, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+	if err != nil {
+		unix.Close(epfd)
+		return nil, fmt.Errorf("nat: eventfd: %w", err)
+	}
+	p := &poller{epfd: epfd, wake: wake, running: -1}
+	p.idle.L = &p.mu
+	if err := unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, wake, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(wake)}); err != nil {
+		unix.Close(wake)
+		unix.Close(epfd)
+		return nil, fmt.Errorf("nat: epoll: %w", err)
+	}
+	return p, nil
+}
+
+// add registers fd, which must be nonblocking, for events (EPOLLIN, EPOLLOUT, EPOLLET, …). The caller keeps fd and closes it only
+// after remove or removeHere.
+func (p *poller) add(fd int, events uint32, h pollHandler) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.freed {
+		return errPollerClosed
+	}
+	for fd >= len(p.slots) {
+		p.slots = append(p.slots, make([]pollSlot, max(64, fd+1-len(p.slots), len(p.slots)/4))...)
+	}
+	p.gen++
+	p.slots[fd] = pollSlot{h: h, gen: p.gen}
+	ev := unix.EpollEvent{Events: events, Fd: int32(fd), Pad: int32(p.gen)}
+	if err := unix.EpollCtl(p.epfd, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
+		p.slots[fd] = pollSlot{}
+		return fmt.Errorf("nat: epoll add: %w", err)
+	}
+	return nil
+}
+
+// modify changes the events of a registered fd. With EPOLLET a condition that already holds is reported again.
+func (p *poller) modify(fd int, events uint32) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.freed || fd >= len(p.slots) || p.slots[fd].h == nil {
+		return errPollerClosed
+	}
+	ev := unix.EpollEvent{Events: events, Fd: int32(fd), Pad: int32(p.slots[fd].gen)}
+	return unix.EpollCtl(p.epfd, unix.EPOLL_CTL_MOD, fd, &ev)
+}
+
+// remove forgets fd. When it returns, fd's handler neither runs nor will run. It waits for a handler of fd that is running now, so it must not be
+// called from a handler of this poller (removeHere is for that), nor with a lock held that such a handler takes.
+func (p *poller) remove(fd int) { p.forget(fd, true) }
+
+// removeHere is remove for callers that are on the loop: handlers, posted functions and the tick.
+func (p *poller) removeHere(fd int) { p.forget(fd, false) }
+
+func (p *poller) forget(fd int, wait bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if fd < len(p.slots) && p.slots[fd].h != nil {
+		p.slots[fd] = pollSlot{}
+		if !p.freed {
+			unix.EpollCtl(p.epfd, unix.EPOLL_CTL_DEL, fd, nil)
+		}
+	}
+	for wait && p.running == fd {
+		p.idle.Wait()
+	}
+}
+
+// post runs f on the loop soon, in order. After the loop has ended f is not run and post reports false.
+func (p *poller) post(f func()) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stopped {
+		return false
+	}
+	p.posted = append(p.posted, f)
+	if len(p.posted) == 1 {
+		p.kick()
+	}
+	return true
+}
+
+// setTick sets the one periodic function of the loop; it returns how long until it wants to be called again, zero for not before armTick.
+func (p *poller) setTick(f func() time.Duration) {
+	p.mu.Lock()
+	p.tick = f
+	p.mu.Unlock()
+}
+
+// armTick makes the tick due in d or sooner.
+func (p *poller) armTick(d time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	at := time.Now().Add(d)
+	if p.tickAt.IsZero() || at.Before(p.tickAt) {
+		p.tickAt = at
+		if p.inRun {
+			p.kick()
+		}
+	}
+}
+
+// kick makes epoll_wait return. p.mu is held.
+func (p *poller) kick() {
+	if !p.freed {
+		one := [8]byte{0: 1}
+		unix.Write(p.wake, one[:])
+	}
+}
+
+var errPollerClosed = errors.New("nat: closed")
+
+// run is the loop. It returns when ctx ends (nil) or close is called (nil), or with the error that broke epoll. It may be called once.
+func (p *poller) run(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, p.stop)
+	defer stop()
+	p.mu.Lock()
+	if p.freed || p.inRun {
+		p.mu.Unlock()
+		return errPollerClosed
+	}
+	p.inRun = true
+	p.mu.Unlock()
+	err := p.loop()
+	p.mu.Lock()
+	p.stopped = true
+	p.inRun = false
+	p.idle.Broadcast()
+	p.mu.Unlock()
+	return err
+}
+
+func (p *poller) loop() error {
+	var evs [pollBatch]unix.EpollEvent
+	for {
+		timeout, stopped := p.due()
+		if stopped {
+			return nil
+		}
+		n, err := unix.EpollWait(p.epfd, evs[:], timeout)
+		if err != nil && err != unix.EINTR {
+			return fmt.Errorf("nat: epoll: %w", err)
+		}
+		for i := range max(n, 0) {
+			p.dispatch(&evs[i])
+		}
+	}
+}
+
+// dispatch calls the handler of one event unless its descriptor was removed since the kernel reported it.
+func (p *poller) dispatch(ev *unix.EpollEvent) {
+	fd := int(ev.Fd)
+	if fd == p.wake {
+		p.drain()
+		return
+	}
+	p.mu.Lock()
+	s := p.slots[fd]
+	if s.h == nil || s.gen != uint32(ev.Pad) {
+		p.mu.Unlock()
+		return
+	}
+	p.running = fd
+	p.mu.Unlock()
+	s.h.ready(ev.Events)
+	p.mu.Lock()
+	p.running = -1
+	p.idle.Broadcast()
+	p.mu.Unlock()
+}
+
+// drain empties the eventfd and runs what was posted.
+func (p *poller) drain() {
+	var b [8]byte
+	unix.Read(p.wake, b[:])
+	p.mu.Lock()
+	fs := p.posted
+	p.posted, p.spare = p.spare[:0], nil
+	p.mu.Unlock()
+	for i, f := range fs {
+		f()
+		fs[i] = nil
+	}
+	p.mu.Lock()
+	if cap(fs) <= 1024 {
+		p.spare = fs[:0]
+	}
+	p.mu.Unlock()
+}
+
+// due runs the tick if it is time and says how long epoll_wait may block, in milliseconds.
+func (p *poller) due() (timeout int, stopped bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stopped {
+		return 0, true
+	}
+	if p.tickAt.IsZero() || p.tick == nil {
+		return -1, false
+	}
+	if wait := time.Until(p.tickAt); wait > 0 {
+		return int(min(wait/time.Millisecond+1, 1<<30)), false
+	}
+	p.tickAt = time.Time{}
+	f := p.tick
+	p.mu.Unlock()
+	next := f()
+	p.mu.Lock()
+	if next > 0 {
+		if at := time.Now().Add(next); p.tickAt.IsZero() || at.Before(p.tickAt) {
+			p.tickAt = at
+		}
+	}
+	if p.tickAt.IsZero() {
+		return -1, p.stopped
+	}
+	return int(max(0, time.Until(p.tickAt)/time.Millisecond+1)), p.stopped
+}
+
+// stop asks run to return; it does not wait for it.
+func (p *poller) stop() {
+	p.mu.Lock()
+	p.stopped = true
+	p.kick()
+	p.mu.Unlock()
+}
+
+// close stops the loop, waits until it has ended and frees its descriptors, but not those registered. Idempotent. It must not be called
+// on the loop.
+func (p *poller) close() {
+	p.stop()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for p.inRun {
+		p.idle.Wait()
+	}
+	if !p.freed {
+		p.freed = true
+		unix.Close(p.epfd)
+		unix.Close(p.wake)
+		p.slots, p.posted, p.spare = nil, nil, nil
+	}
+}
