@@ -27,7 +27,6 @@ const (
 	extHopByHop uint8 = 0
 	extRouting  uint8 = 43
 	extFragment uint8 = 44
-	extNoNext   uint8 = 59
 	extDestOpts uint8 = 60
 )
 
@@ -70,22 +69,30 @@ func ParseIP(b []byte, gso bool) (p IP, ok bool) {
 }
 
 func parseIPv4(b []byte, gso bool) (p IP, ok bool) {
-	if len(b) < IPv4Len {
+	if p, ok = readIPv4(b); !ok {
+		return p, false
+	}
+	if p.Len == 0 && gso {
+		p.Len = len(b)
+	}
+	if p.Len < p.HdrLen || p.Len > len(b) {
+		return p, false
+	}
+	return p, Fold(Sum(b[:p.HdrLen], 0)) == 0xffff
+}
+
+// readIPv4 reads a header without holding its checksum or total length against it.
+func readIPv4(b []byte) (p IP, ok bool) {
+	if len(b) < IPv4Len || b[0]>>4 != 4 {
 		return p, false
 	}
 	p.Version = 4
 	p.HdrLen = int(b[0]&0xf) * 4
+	if p.HdrLen < IPv4Len || p.HdrLen > len(b) {
+		return p, false
+	}
 	p.TOS = b[1]
 	p.Len = int(binary.BigEndian.Uint16(b[2:]))
-	if p.Len == 0 && gso {
-		p.Len = len(b)
-	}
-	if p.HdrLen < IPv4Len || p.Len < p.HdrLen || p.Len > len(b) {
-		return p, false
-	}
-	if Fold(Sum(b[:p.HdrLen], 0)) != 0xffff {
-		return p, false
-	}
 	p.FragID = uint32(binary.BigEndian.Uint16(b[4:]))
 	off := binary.BigEndian.Uint16(b[6:])
 	p.DontFragment = off&0x4000 != 0
@@ -102,36 +109,48 @@ func parseIPv6(b []byte, gso bool) (p IP, ok bool) {
 	if len(b) < IPv6Len {
 		return p, false
 	}
+	n := IPv6Len + int(binary.BigEndian.Uint16(b[4:]))
+	if n == IPv6Len && gso {
+		n = len(b)
+	}
+	if n > len(b) {
+		return p, false
+	}
+	p, ok = readIPv6(b, n)
+	p.Len = n
+	return p, ok
+}
+
+// readIPv6 reads the fixed header and walks the extension headers, which must lie within b[:n].
+func readIPv6(b []byte, n int) (p IP, ok bool) {
+	if len(b) < IPv6Len || n < IPv6Len || b[0]>>4 != 6 {
+		return p, false
+	}
 	p.Version = 6
 	p.DontFragment = true
 	p.TOS = b[0]<<4 | b[1]>>4
-	n := int(binary.BigEndian.Uint16(b[4:]))
-	p.Len = IPv6Len + n
-	if n == 0 && gso {
-		p.Len = len(b)
-	}
-	if p.Len > len(b) {
-		return p, false
-	}
+	p.Len = IPv6Len + int(binary.BigEndian.Uint16(b[4:]))
 	p.TTL = b[7]
 	p.Src = netip.AddrFrom16([16]byte(b[8:24]))
 	p.Dst = netip.AddrFrom16([16]byte(b[24:40]))
-	next, off := b[6], IPv6Len
-	for range maxExtHeaders {
+	next, off, seen := b[6], IPv6Len, false
+	for range maxExtHeaders + 1 {
 		switch next {
 		case extHopByHop, extRouting, extDestOpts:
-			if p.Len < off+8 {
+			if n < off+8 {
 				return p, false
 			}
-			n := (int(b[off+1]) + 1) * 8
-			if p.Len < off+n {
+			l := (int(b[off+1]) + 1) * 8
+			if n < off+l {
 				return p, false
 			}
-			next, off = b[off], off+n
+			next, off = b[off], off+l
 		case extFragment:
-			if p.Len < off+8 {
+			// A second fragment header would let the two disagree about what this packet is.
+			if n < off+8 || seen {
 				return p, false
 			}
+			seen = true
 			f := binary.BigEndian.Uint16(b[off+2:])
 			p.FragOff = int(f &^ 7)
 			p.MoreFrags = f&1 != 0
@@ -150,7 +169,8 @@ func parseIPv6(b []byte, gso bool) (p IP, ok bool) {
 	return p, false
 }
 
-// PutIPv4 writes a 20-byte IPv4 header with its checksum for a packet of total bytes. DF is set when df is.
+// PutIPv4 writes a 20-byte IPv4 header with its checksum for a packet of total bytes, header included. DF is set when df is. src and
+// dst must be IPv4 addresses.
 func PutIPv4(b []byte, src, dst netip.Addr, proto, tos, ttl uint8, total int, id uint16, df bool) int {
 	_ = b[IPv4Len-1]
 	b[0], b[1] = 0x45, tos
@@ -169,7 +189,7 @@ func PutIPv4(b []byte, src, dst netip.Addr, proto, tos, ttl uint8, total int, id
 	return IPv4Len
 }
 
-// PutIPv6 writes a 40-byte IPv6 header for a packet with payload bytes behind the header.
+// PutIPv6 writes a 40-byte IPv6 header for a packet with payload bytes behind the header. src and dst must be IPv6 addresses.
 func PutIPv6(b []byte, src, dst netip.Addr, proto, tos, hopLimit uint8, payload int) int {
 	_ = b[IPv6Len-1]
 	b[0], b[1], b[2], b[3] = 0x60|tos>>4, tos<<4, 0, 0
