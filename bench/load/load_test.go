@@ -1,0 +1,84 @@
+package load
+
+import (
+	"context"
+	"testing"
+	"time"
+)
+
+func startServer(t *testing.T) string {
+	t.Helper()
+	s, err := Listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("Serve: %v", err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Error("Serve did not return after its context ended")
+		}
+	})
+	return s.Addr().String()
+}
+
+func TestEveryMeasurementOverLoopback(t *testing.T) {
+	addr := startServer(t)
+	ctx := t.Context()
+	const d = 200 * time.Millisecond
+	for _, reverse := range []bool{false, true} {
+		r, err := Stream(ctx, Config{Addr: addr, Duration: d, Streams: 2, Reverse: reverse})
+		if err != nil || r.Bytes == 0 {
+			t.Errorf("Stream reverse=%v: %+v, %v", reverse, r, err)
+		}
+		r, err = Flood(ctx, Config{Addr: addr, Duration: d, Reverse: reverse})
+		if err != nil || r.Received == 0 || r.Sent < r.Received || r.Bytes != r.Received*1400 {
+			t.Errorf("Flood reverse=%v: %+v, %v", reverse, r, err)
+		}
+		r, err = Flood(ctx, Config{Addr: addr, Duration: d, Rate: 1000, Reverse: reverse})
+		if err != nil || r.Received < 100 || r.Sent > 210 {
+			t.Errorf("Flood at 1000/s reverse=%v: %+v, %v", reverse, r, err)
+		}
+	}
+	for _, network := range []string{"tcp", "udp"} {
+		r, err := RequestResponse(ctx, Config{Addr: addr, Network: network, Duration: d})
+		if err != nil || r.Ops == 0 || r.Errors != 0 || r.P50 == 0 || r.P50 > r.P99 || r.P99 > r.Max {
+			t.Errorf("RequestResponse %s: %+v, %v", network, r, err)
+		}
+	}
+	for _, greeting := range []bool{false, true} {
+		r, err := ConnectRequestClose(ctx, Config{Addr: addr, Count: 500, Streams: 4, Greeting: greeting})
+		if err != nil || r.Ops != 500 || r.Errors != 0 {
+			t.Errorf("ConnectRequestClose greeting=%v: %+v, %v", greeting, r, err)
+		}
+	}
+}
+
+func TestFailedConnectionsAreCounted(t *testing.T) {
+	// Port 1 of loopback has no listener here.
+	r, err := ConnectRequestClose(t.Context(), Config{Addr: "127.0.0.1:1", Count: 3})
+	if err != nil || r.Errors != 3 || r.Ops != 0 || r.FirstErr == "" {
+		t.Errorf("got %+v, %v; want three errors", r, err)
+	}
+}
+
+func TestRecorderThinsSamplesEvenly(t *testing.T) {
+	var r recorder
+	for i := range 3 * maxSamples {
+		r.add(time.Duration(i))
+	}
+	res := merge([]recorder{r}, time.Second)
+	if len(r.samples) > maxSamples || res.Ops != 3*maxSamples || res.Max != 3*maxSamples-1 {
+		t.Errorf("%d samples, %+v", len(r.samples), res)
+	}
+	if want := time.Duration(3 * maxSamples / 2); res.P50 < want*9/10 || res.P50 > want*11/10 {
+		t.Errorf("P50 = %d, want near %d", res.P50, want)
+	}
+}
