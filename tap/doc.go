@@ -1,0 +1,2 @@
+// Package tap is TAP devices.
+package tap

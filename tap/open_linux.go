@@ -1,0 +1,177 @@
+package tap
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"golang.org/x/sys/unix"
+
+	"patchbay/frame"
+	"patchbay/internal/wire"
+)
+
+// DevicePath is the clone device that every TAP comes from.
+const DevicePath = "/dev/net/tun"
+
+// MaxQueues bounds OpenConfig.Queues. Linux allows 256 to a device.
+const MaxQueues = 64
+
+// OpenConfig says which TAP to open. The zero value is a new single-queue TAP with a name of the kernel's choice and every offload the
+// kernel has.
+type OpenConfig struct {
+	// Name of the interface, at most 15 bytes. Empty: the kernel picks tap0, tap1, … A persistent interface of that name that nobody
+	// holds is taken over with its addresses.
+	Name string
+	// Queues is how many file descriptors to open; 0 means 1, at most MaxQueues. A kernel without multi-queue yields 1.
+	Queues int
+	// Plain leaves out the virtio header and so every offload. It is what remains where the kernel or a sandbox refuses the header,
+	// and the baseline of benchmarks.
+	Plain bool
+	// Without takes these capabilities away although the kernel has them.
+	Without frame.Caps
+	// Persist lets the interface outlive its last descriptor, with its addresses and routes.
+	Persist bool
+	// NAPI passes written frames through GRO (IFF_NAPI). It merges small segments at the cost of a softirq a frame.
+	NAPI bool
+}
+
+// Info describes an opened device to whoever gets its descriptors. It travels beside them as JSON.
+type Info struct {
+	// Name of the interface in its namespace at the time it was opened. A namespace's owner may rename it later.
+	Name string `json:"name"`
+	// MAC of the container's side.
+	MAC wire.MAC `json:"mac"`
+	// MTU of the container's side: bytes of IP packet.
+	MTU int `json:"mtu"`
+	// Caps is what may be written to the device unfinished, and what it may yield unfinished.
+	Caps frame.Caps `json:"caps"`
+	// VnetHdr: each frame has a virtio header of wire.VirtioNetHdrLen bytes in front.
+	VnetHdr bool `json:"vnetHdr"`
+}
+
+// Handle is an opened TAP: the descriptors, one a queue, and what was negotiated. The descriptors are non-blocking and
+// close-on-exec, and belong to whoever holds the Handle.
+type Handle struct {
+	Info
+	FDs []int
+	// Notes says, one line each, what was asked for and not had: a header refused, fewer queues.
+	Notes []string
+}
+
+// Close closes the descriptors. A TAP that is not persistent ends with its last descriptor. Idempotent.
+func (h *Handle) Close() error {
+	var errs []error
+	for _, fd := range h.FDs {
+		if err := unix.Close(fd); err != nil {
+			errs = append(errs, fmt.Errorf("close tap %q: %w", h.Name, err))
+		}
+	}
+	h.FDs = nil
+	return errors.Join(errs...)
+}
+
+// Open opens or creates a TAP in the network namespace of the calling thread, which must hold CAP_NET_ADMIN over it. The
+// interface is left down; see Configure. Where the virtio header is refused it opens the TAP plain (Info.VnetHdr false, no Caps); the
+// reason is in Handle.Notes. An error names the interface, the reason and the remedy.
+func Open(c OpenConfig) (*Handle, error) {
+	if c.Queues == 0 {
+		c.Queues = 1
+	}
+	if c.Queues < 0 || c.Queues > MaxQueues {
+		return nil, fmt.Errorf("open tap %q: %d queues asked for: use 1 to %d", c.Name, c.Queues, MaxQueues)
+	}
+	if len(c.Name) >= unix.IFNAMSIZ {
+		return nil, fmt.Errorf("open tap %q: interface names have at most %d bytes", c.Name, unix.IFNAMSIZ-1)
+	}
+	h := &Handle{}
+	if c.Plain {
+		return openPlain(c, h)
+	}
+	err := openVnet(c, h, c.Queues > 1)
+	if err != nil && c.Queues > 1 && errors.Is(err, unix.EINVAL) {
+		// An old kernel, or a persistent single-queue interface of that name.
+		if err1 := openVnet(c, h, false); err1 == nil {
+			h.Notes = append(h.Notes, fmt.Sprintf("tap %q: %d queues refused (%v): opened one", h.Name, c.Queues, err))
+			return h, nil
+		}
+	}
+	switch {
+	case err == nil:
+		return h, nil
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOSYS):
+		h.Notes = append(h.Notes, fmt.Sprintf("tap %q: virtio header refused (%v): opened without offloads", c.Name, err))
+		return openPlain(c, h)
+	}
+	return nil, explainOpen(c.Name, err)
+}
+
+// openVnet opens c.Queues descriptors with a virtio header (one, unless multi) and fills in h. On error nothing stays open.
+func openVnet(c OpenConfig, h *Handle, multi bool) (err error) {
+	defer func() {
+		if err != nil {
+			h.Close()
+		}
+	}()
+	flags, n := uint16(unix.IFF_TAP|unix.IFF_NO_PI|unix.IFF_VNET_HDR), 1
+	if multi {
+		flags |= unix.IFF_MULTI_QUEUE
+		n = c.Queues
+	}
+	if c.NAPI {
+		flags |= unix.IFF_NAPI
+	}
+	name := c.Name
+	for range n {
+		fd, err := unix.Open(DevicePath, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return &fs.PathError{Op: "open", Path: DevicePath, Err: err}
+		}
+		h.FDs = append(h.FDs, fd)
+		if name, err = setIff(fd, name, flags); err != nil {
+			return fmt.Errorf("TUNSETIFF: %w", err)
+		}
+		if err := setVnetHdr(fd); err != nil {
+			return err
+		}
+	}
+	h.Name, h.VnetHdr = name, true
+	h.Caps = setOffload(h.FDs[0], frame.CapAll&^c.Without)
+	return finishOpen(c, h)
+}
+
+// finishOpen sets what both ways of opening share.
+func finishOpen(c OpenConfig, h *Handle) (err error) {
+	persist := 0
+	if c.Persist {
+		persist = 1
+	}
+	if err := unix.IoctlSetInt(h.FDs[0], unix.TUNSETPERSIST, persist); err != nil {
+		return fmt.Errorf("TUNSETPERSIST: %w", err)
+	}
+	if h.MAC, err = hwAddr(h.FDs[0]); err != nil {
+		return fmt.Errorf("SIOCGIFHWADDR: %w", err)
+	}
+	h.MTU = DefaultMTU
+	return nil
+}
+
+// explainOpen adds the remedy to an error of Open.
+func explainOpen(name string, err error) error {
+	remedy := ""
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		remedy = ": load the driver (modprobe tun), or give the sandbox the device (--device " + DevicePath + ")"
+	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
+		remedy = ": the kernel has no tun driver; load it (modprobe tun)"
+	case errors.Is(err, unix.EACCES):
+		remedy = ": let users open it (chmod 0666 " + DevicePath + ", or a udev rule)"
+	case errors.Is(err, unix.EPERM):
+		remedy = ": needs CAP_NET_ADMIN over the network namespace; enter the user namespace that owns it first"
+	case errors.Is(err, unix.EBUSY):
+		remedy = ": another process holds the interface; stop it or choose another name"
+	case errors.Is(err, unix.EEXIST):
+		remedy = ": an interface of that name exists and is no TAP; choose another name"
+	}
+	return fmt.Errorf("open tap %q: %w%s", name, err, remedy)
+}
