@@ -7,6 +7,9 @@ const (
 	MinTCPSegment = 8
 	// MaxUDPSegments is how many datagrams a UDP superframe may become: Linux's UDP_MAX_SEGMENTS.
 	MaxUDPSegments = 128
+	// MaxHeaders is the most bytes from the start of a frame to the end of the headers of a superframe, or to the end of the checksum
+	// field that is to be finished: the scratch a port needs to rewrite one. Ordinary TCP over IPv6 with options has 94.
+	MaxHeaders = 512
 )
 
 // Validate checks the header of a frame that comes from outside (a container, a peer) against the frame itself, and makes it canonical.
@@ -36,7 +39,7 @@ func (h *VirtioNetHdr) Validate(data []byte) bool {
 		return true
 	}
 	start, field := int(h.CsumStart), int(h.CsumOffset)
-	if start+field+2 > len(data) {
+	if start+field+2 > min(len(data), MaxHeaders) {
 		return false
 	}
 	etherType, off, ok := Payload(data)
@@ -48,7 +51,7 @@ func (h *VirtioNetHdr) Validate(data []byte) bool {
 		h.HdrLen, h.GSOSize = 0, 0
 		return h.GSOType == GSONone
 	}
-	p, ok := ParseIP(data[off:], h.GSOType != GSONone)
+	p, ok := ParseIP(data[off:], false)
 	if !ok || (p.Version == 4) != (etherType == EtherTypeIPv4) {
 		return false
 	}
@@ -94,7 +97,7 @@ func (h *VirtioNetHdr) validateGSO(data []byte, p *IP, off int) bool {
 			return false
 		}
 		h.HdrLen = uint16(l4 + t.HdrLen)
-		return true
+		return h.HdrLen <= MaxHeaders
 	case GSOUDPL4:
 		if h.GSOType != GSOUDPL4 || p.Proto != ProtoUDP || h.CsumOffset != UDPChecksumOff {
 			return false
@@ -109,7 +112,7 @@ func (h *VirtioNetHdr) validateGSO(data []byte, p *IP, off int) bool {
 		if len(seg)-UDPLen > size*MaxUDPSegments {
 			return false
 		}
-		h.HdrLen = uint16(l4 + UDPLen)
+		h.HdrLen = uint16(l4 + UDPLen) // within MaxHeaders, since the checksum field is the header's end
 		return true
 	default:
 		return false
