@@ -17,7 +17,8 @@ const (
 // byte, so only the last piece of a message may have one.
 func Sum(b []byte, acc uint64) uint64 {
 	// The sum is the same in either byte order but for a final swap (RFC 1071 §2 (B)), so bytes are loaded as amd64 and
-	// arm64 have them, 64 in a turn: one carry chain a turn is what the adder can do.
+	// arm64 have them, 64 in a turn, in one carry chain. Adding the last carry cannot carry again: s is all ones beside a
+	// carry only if both addends of that step were and a carry came in, so the step before would have had to be such a one.
 	var s, c uint64
 	for len(b) >= 64 {
 		s, c = bits.Add64(s, binary.LittleEndian.Uint64(b), 0)
@@ -28,14 +29,12 @@ func Sum(b []byte, acc uint64) uint64 {
 		s, c = bits.Add64(s, binary.LittleEndian.Uint64(b[40:]), c)
 		s, c = bits.Add64(s, binary.LittleEndian.Uint64(b[48:]), c)
 		s, c = bits.Add64(s, binary.LittleEndian.Uint64(b[56:]), c)
-		// Adding the carry may itself carry, when s is all ones; then s is zero and the second addition cannot.
-		s, c = bits.Add64(s, 0, c)
 		s += c
 		b = b[64:]
 	}
 	for len(b) >= 8 {
 		s, c = bits.Add64(s, binary.LittleEndian.Uint64(b), 0)
-		s += c // without a carry going in, s is at most 2^64-2 when one comes out
+		s += c
 		b = b[8:]
 	}
 	if len(b) > 0 {
