@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"patchbay/frame"
@@ -90,9 +91,15 @@ type NAT struct {
 	streams *poller // TCP: connects and listeners
 	packets *poller // UDP and ICMP sockets; apart, so that a flood of datagrams does not delay connects
 
+	tcp  *tcpNAT
 	udp  *udpNAT
 	icmp *icmpNAT
 
+	pubMu     sync.Mutex
+	published map[*Published]struct{}
+	pubClosed bool
+
+	stats     stats
 	closeOnce sync.Once
 }
 
@@ -101,7 +108,8 @@ func New(cfg Config) (*NAT, error) {
 	if cfg.Network == nil {
 		return nil, errors.New("nat: Config.Network is nil; give the gateway")
 	}
-	n := &NAT{net: cfg.Network, limits: cfg.Limits.withDefaults(), drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock}
+	n := &NAT{net: cfg.Network, limits: cfg.Limits.withDefaults(), drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock, published: make(map[*Published]struct{})}
+	raiseDescriptors()
 	if n.drops == nil {
 		n.drops = new(frame.DropCounters)
 	}
@@ -121,6 +129,8 @@ func New(cfg Config) (*NAT, error) {
 		n.streams.close()
 		return nil, err
 	}
+	n.tcp = newTCP(n)
+	n.streams.setTick(n.tcp.tick)
 	if n.udp, err = newUDP(n); err == nil {
 		n.icmp, err = newICMP(n)
 	}
@@ -147,6 +157,7 @@ func (n *NAT) Run(ctx context.Context) error {
 // Close ends every flow and listener, and Run. Idempotent.
 func (n *NAT) Close() error {
 	n.closeOnce.Do(func() {
+		n.closePublished()
 		if n.icmp != nil {
 			n.icmp.close()
 		}
@@ -154,9 +165,26 @@ func (n *NAT) Close() error {
 			n.udp.close()
 		}
 		n.packets.close()
+		n.tcp.close()
 		n.streams.close()
 	})
 	return nil
+}
+
+type stats struct {
+	idleEnded atomic.Uint64
+}
+
+// Stats is a picture of a NAT at one moment.
+type Stats struct {
+	TCPFlows  int    // connecting and established, published included
+	HalfOpen  int    // connects that wait for an answer
+	IdleEnded uint64 // TCP flows ended because they were silent for longer than Limits.TCPIdle or TCPHalfIdle
+}
+
+// Stats takes a picture.
+func (n *NAT) Stats() Stats {
+	return Stats{TCPFlows: n.tcp.flows.inUse(), HalfOpen: n.tcp.halfOpen.inUse(), IdleEnded: n.stats.idleEnded.Load()}
 }
 
 // UDP is the handler for datagrams to any address but the gateway's own.

@@ -1,0 +1,291 @@
+package nat
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"patchbay/frame"
+	"patchbay/stack"
+)
+
+// tcpNAT is the TCP half: connects that wait, flows that run.
+type tcpNAT struct {
+	n        *NAT
+	flows    *quota // connecting and established
+	halfOpen *quota // connecting
+
+	mu      sync.Mutex
+	closed  bool
+	live    map[*tcpFlow]struct{}
+	dialing dialList
+	wg      sync.WaitGroup // goroutines of established flows
+	bufs    bufPool
+	reserve int // a descriptor to give up when there is no other, or -1
+
+	ctx  context.Context // ends with the NAT; for dials into the network
+	stop context.CancelFunc
+
+	nextSweep time.Time // used on the loop alone
+}
+
+func newTCP(n *NAT) *tcpNAT {
+	t := &tcpNAT{
+		n:        n,
+		flows:    newQuota(n.limits.TCPFlows, n.limits.TCPFlowsPerContainer),
+		halfOpen: newQuota(n.limits.HalfOpen, n.limits.HalfOpenPerContainer),
+		live:     make(map[*tcpFlow]struct{}),
+		reserve:  openReserve(),
+	}
+	t.ctx, t.stop = context.WithCancel(context.Background())
+	return t
+}
+
+// HandleTCP takes a container's connection attempt. It does not block: it starts a connect on the host, and the outcome answers r.
+func (n *NAT) HandleTCP(r stack.TCPRequest) {
+	t := n.tcp
+	src, dst := r.Src().Addr(), r.Dst()
+	v := n.policy.check(dst.Addr())
+	if !v.ok {
+		n.drops.Add(v.drop, 1)
+		if v.refuse {
+			r.Refuse()
+		} else {
+			r.Unreachable(v.why)
+		}
+		return
+	}
+	if !t.flows.take(src) {
+		n.drops.Add(frame.DropFlowLimit, 1)
+		r.Ignore()
+		return
+	}
+	if !t.halfOpen.take(src) {
+		t.flows.give(src)
+		n.drops.Add(frame.DropDialLimit, 1)
+		r.Ignore()
+		return
+	}
+	fd, done, err := connect(netip.AddrPortFrom(v.host, dst.Port()))
+	if err != nil {
+		t.halfOpen.give(src)
+		t.flows.give(src)
+		n.answer(r, err)
+		return
+	}
+	if done {
+		t.halfOpen.give(src)
+		t.accept(r, fd)
+		return
+	}
+	d := &tcpDial{t: t, r: r, fd: fd, deadline: n.now().Add(n.limits.DialTimeout)}
+	if !t.wait(d) {
+		unix.Close(fd)
+		t.halfOpen.give(src)
+		t.flows.give(src)
+		r.Ignore()
+	}
+}
+
+// answer tells the container why the host could not connect.
+func (n *NAT) answer(r stack.TCPRequest, err error) {
+	switch {
+	case errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ECONNRESET):
+		r.Refuse()
+	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.ENETDOWN), errors.Is(err, unix.EAFNOSUPPORT):
+		r.Unreachable(stack.UnreachNet)
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		r.Unreachable(stack.UnreachProhibited)
+	case errors.Is(err, unix.ETIMEDOUT):
+		r.Ignore()
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.ENOMEM):
+		n.drops.Add(frame.DropFlowLimit, 1)
+		r.Ignore()
+	case errors.Is(err, unix.EADDRNOTAVAIL), errors.Is(err, unix.EAGAIN): // the host's ephemeral ports are used up
+		n.drops.Add(frame.DropHostSend, 1)
+		r.Ignore()
+	default: // EHOSTUNREACH, EHOSTDOWN, EINVAL for addresses the kernel does not take
+		r.Unreachable(stack.UnreachHost)
+	}
+}
+
+// tcpDial is a connect on the host that waits for its answer, with the container's SYN that waits for it.
+type tcpDial struct {
+	t          *tcpNAT
+	r          stack.TCPRequest
+	fd         int
+	deadline   time.Time
+	prev, next *tcpDial
+	listed     bool
+}
+
+// dialList holds the waiting connects, oldest first; all have the same timeout, so that is the order of their deadlines.
+type dialList struct{ first, last *tcpDial }
+
+func (l *dialList) push(d *tcpDial) {
+	d.prev, d.listed = l.last, true
+	if l.last == nil {
+		l.first = d
+	} else {
+		l.last.next = d
+	}
+	l.last = d
+}
+
+// remove reports whether d was in the list: whoever removes it is the one to answer it.
+func (l *dialList) remove(d *tcpDial) bool {
+	if !d.listed {
+		return false
+	}
+	if d.prev == nil {
+		l.first = d.next
+	} else {
+		d.prev.next = d.next
+	}
+	if d.next == nil {
+		l.last = d.prev
+	} else {
+		d.next.prev = d.prev
+	}
+	d.prev, d.next, d.listed = nil, nil, false
+	return true
+}
+
+// wait hands d to the loop and reports whether it is taken.
+func (t *tcpNAT) wait(d *tcpDial) bool {
+	t.mu.Lock()
+	if t.closed {
+		t.mu.Unlock()
+		return false
+	}
+	first := t.dialing.first == nil
+	t.dialing.push(d)
+	t.mu.Unlock()
+	if first {
+		t.n.streams.armTick(t.n.limits.DialTimeout)
+	}
+	if err := t.n.streams.add(d.fd, unix.EPOLLOUT|unix.EPOLLONESHOT, d); err != nil {
+		return !t.unlist(d)
+	}
+	return true
+}
+
+func (t *tcpNAT) unlist(d *tcpDial) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.dialing.remove(d)
+}
+
+// ready is called on the loop when the host has an answer.
+func (d *tcpDial) ready(uint32) {
+	t := d.t
+	if !t.unlist(d) {
+		return
+	}
+	t.n.streams.removeHere(d.fd)
+	src := d.r.Src().Addr()
+	t.halfOpen.give(src)
+	if err := sockErr(d.fd); err != nil {
+		unix.Close(d.fd)
+		t.flows.give(src)
+		t.n.answer(d.r, err)
+		return
+	}
+	t.accept(d.r, d.fd)
+}
+
+// tick is the loop's periodic function.
+func (t *tcpNAT) tick() time.Duration {
+	now := t.n.now()
+	next := t.expire(now)
+	if !now.Before(t.nextSweep) {
+		d := t.sweep()
+		t.nextSweep = now.Add(d)
+	}
+	t.mu.Lock()
+	live := len(t.live) > 0
+	t.mu.Unlock()
+	if live {
+		if d := max(time.Millisecond, t.nextSweep.Sub(now)); next == 0 || d < next {
+			next = d
+		}
+	}
+	return next
+}
+
+// expire ends the connects whose time is up and says when the next one's is. It runs on the loop.
+func (t *tcpNAT) expire(now time.Time) (next time.Duration) {
+	for {
+		t.mu.Lock()
+		d := t.dialing.first
+		if d == nil {
+			t.mu.Unlock()
+			return 0
+		}
+		if left := d.deadline.Sub(now); left > 0 {
+			t.mu.Unlock()
+			return left
+		}
+		t.dialing.remove(d)
+		t.mu.Unlock()
+		t.abandon(d, t.n.streams.removeHere)
+	}
+}
+
+// abandon closes a connect that got no answer. The container's SYN gets none either.
+func (t *tcpNAT) abandon(d *tcpDial, remove func(int)) {
+	remove(d.fd)
+	unix.Close(d.fd)
+	src := d.r.Src().Addr()
+	t.halfOpen.give(src)
+	t.flows.give(src)
+	d.r.Ignore()
+}
+
+// accept completes the container's handshake, now that the host's is complete, and runs the flow. It does not block.
+func (t *tcpNAT) accept(r stack.TCPRequest, fd int) {
+	f := t.newFlow(r.Src().Addr(), fd)
+	if f == nil {
+		t.flows.give(r.Src().Addr())
+		resetSock(fd)
+		unix.Close(fd)
+		r.Refuse()
+		return
+	}
+	go func() {
+		conn, err := r.Accept()
+		f.run(conn, err)
+	}()
+}
+
+// close ends every connect and flow and waits for their goroutines.
+func (t *tcpNAT) close() {
+	t.stop()
+	t.mu.Lock()
+	t.closed = true
+	if t.reserve >= 0 {
+		unix.Close(t.reserve)
+		t.reserve = -1
+	}
+	var ds []*tcpDial
+	for d := t.dialing.first; d != nil; d = t.dialing.first {
+		t.dialing.remove(d)
+		ds = append(ds, d)
+	}
+	fs := make([]*tcpFlow, 0, len(t.live))
+	for f := range t.live {
+		fs = append(fs, f)
+	}
+	t.mu.Unlock()
+	for _, d := range ds {
+		t.abandon(d, t.n.streams.remove)
+	}
+	for _, f := range fs {
+		f.abort()
+	}
+	t.wg.Wait()
+}
