@@ -171,18 +171,28 @@ func (p *policy) isMetadata(a netip.Addr) bool {
 
 // embedded4 lists the IPv4 addresses that a stands for under the known ways to write one inside an IPv6 address: a relay or translator
 // on the host or near it would send there. Unused entries are the zero Addr, at the end.
-func embedded4(a netip.Addr) (out [2]netip.Addr) {
+func embedded4(a netip.Addr) (out [4]netip.Addr) {
 	b := a.As16()
 	at := func(i int) netip.Addr { return netip.AddrFrom4([4]byte(b[i : i+4])) }
 	switch {
 	case v6Mapped.Contains(a), v6Compat.Contains(a), v6SIIT.Contains(a), v6NAT64.Contains(a):
 		out[0] = at(12)
 	case v6NAT64Loc.Contains(a):
-		// RFC 8215 leaves the length of the prefix to the site: /48 splits the address around bits 64 to 71, /96 has it at the end.
-		out[0] = netip.AddrFrom4([4]byte{b[6], b[7], b[9], b[10]})
-		out[1] = at(12)
-		if out[0] == netip.AddrFrom4([4]byte{}) {
-			out[0], out[1] = out[1], netip.Addr{} // zeros there mean a longer prefix, not 0.0.0.0
+		// RFC 8215 leaves the prefix length to the site, and RFC 6052 puts the address elsewhere for each, around bits 64 to 71. All are
+		// looked at, but those that begin with a zero, which a layout of another length leaves there.
+		n := 0
+		for _, v4 := range [4]netip.Addr{
+			netip.AddrFrom4([4]byte{b[6], b[7], b[9], b[10]}),   // /48
+			netip.AddrFrom4([4]byte{b[7], b[9], b[10], b[11]}),  // /56
+			netip.AddrFrom4([4]byte{b[9], b[10], b[11], b[12]}), // /64
+			at(12), // /96
+		} {
+			if !v4This.Contains(v4) {
+				out[n], n = v4, n+1
+			}
+		}
+		if n == 0 {
+			out[0] = netip.IPv4Unspecified()
 		}
 	case v66to4.Contains(a):
 		out[0] = at(2)

@@ -1,0 +1,9 @@
+package nat
+
+import (
+	"testing"
+
+	"patchbay/internal/testbed"
+)
+
+func TestMain(m *testing.M) { testbed.Main(m) }
