@@ -19,7 +19,7 @@ const (
 	DropSpoofMAC                   // source MAC is not the one the port is bound to
 	DropSpoofIP                    // source IP, or ARP or ND sender, is not one the port is bound to
 	DropIsolated                   // isolation forbids these two ports to talk
-	DropStorm                      // broadcast and multicast above the port's limit
+	DropStorm                      // broadcast, unknown and multicast above the port's limit
 	DropRate                       // above the port's rate limit
 	DropMACLimit                   // port has learned as many addresses as it may
 	DropUnresolved                 // the gateway knows no MAC for the destination yet
@@ -36,6 +36,10 @@ const (
 	DropHostSend                   // the host's socket refused the packet
 	DropPingForbidden              // the host forbids unprivileged ping sockets (net.ipv4.ping_group_range)
 	DropServiceLimit               // DHCP, DNS or RA request above the service's limit
+	DropRefused                    // the egress port did not take it; the port's own counters name the reason
+	DropSplitHorizon               // both ports belong to the same split-horizon group
+	DropReserved                   // 01:80:c2:00:00:0x, which IEEE 802.1D bridges never forward
+	DropTTL                        // time to live ran out at the gateway
 	numDrops
 )
 
@@ -55,7 +59,7 @@ var dropText = [NumDrops][2]string{
 	DropSpoofMAC:       {"spoof-mac", "the source MAC is not the one the port is bound to"},
 	DropSpoofIP:        {"spoof-ip", "the source address is not one the port is bound to"},
 	DropIsolated:       {"isolated", "isolation forbids these two ports to talk"},
-	DropStorm:          {"storm", "broadcast and multicast above the port's limit"},
+	DropStorm:          {"storm", "broadcast, unknown and multicast frames above the port's limit"},
 	DropRate:           {"rate", "above the port's rate limit"},
 	DropMACLimit:       {"mac-limit", "the port has learned as many addresses as it may"},
 	DropUnresolved:     {"unresolved", "nobody on the network answers for the destination address"},
@@ -72,6 +76,10 @@ var dropText = [NumDrops][2]string{
 	DropHostSend:       {"host-send", "the host's socket refused the packet"},
 	DropPingForbidden:  {"ping-forbidden", "the host's net.ipv4.ping_group_range does not allow ping sockets"},
 	DropServiceLimit:   {"service-limit", "more DHCP, DNS or router requests than the service takes"},
+	DropTTL:            {"ttl", "the time to live ran out at the gateway; traceroute does that on purpose"},
+	DropRefused:        {"refused", "the receiving port did not take the frame; its own counters name the reason"},
+	DropSplitHorizon:   {"split-horizon", "both ports belong to the same split-horizon group"},
+	DropReserved:       {"reserved", "bridge protocol address (01:80:c2:00:00:0x), which is never forwarded"},
 }
 
 // String is the reason's short name, as `patchbay drops` and the metrics show it.
@@ -81,6 +89,9 @@ func (d Drop) String() string {
 	}
 	return dropText[d][0]
 }
+
+// MarshalText makes the reason a key or value of JSON under its short name.
+func (d Drop) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
 
 // Meaning is one sentence for the person who sees the counter rise.
 func (d Drop) Meaning() string {

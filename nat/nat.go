@@ -23,6 +23,9 @@ type Config struct {
 	HostLoopback bool
 	// AllowLinkLocal lets containers reach 169.254.0.0/16 and the clouds' other metadata addresses. Default: refused.
 	AllowLinkLocal bool
+	// OpenUDP lets anyone on the host's side answer to a container's UDP port, not only the addresses it has sent to: endpoint-independent
+	// filtering, which some peer-to-peer programs want. Default: address-dependent filtering (RFC 4787 REQ-8).
+	OpenUDP bool
 	// Limits bound everything that a container or client can make grow.
 	Limits Limits
 	// Drops counts what was refused, by reason. Default: counters of its own, see NAT.Drops.
@@ -48,6 +51,8 @@ type Limits struct {
 	TCPIdle     time.Duration // established and silent; RFC 5382 REQ-5 asks for at least 2 h 4 min [2 h 4 min]
 	TCPHalfIdle time.Duration // silent with one direction closed; REQ-5 [4 min]
 	UDPIdle     time.Duration // RFC 4787 REQ-5 [5 min]
+	UDPNewIdle  time.Duration // not answered yet; REQ-5 asks for at least 2 min [2 min]
+	UDPDNSIdle  time.Duration // has sent to port 53 alone, which REQ-5 lets have less [30 s]
 	PingIdle    time.Duration // RFC 5508 REQ-2 [60 s]
 }
 
@@ -74,6 +79,8 @@ func (l Limits) withDefaults() Limits {
 	t(&l.TCPIdle, 2*time.Hour+4*time.Minute)
 	t(&l.TCPHalfIdle, 4*time.Minute)
 	t(&l.UDPIdle, 5*time.Minute)
+	t(&l.UDPNewIdle, 2*time.Minute)
+	t(&l.UDPDNSIdle, 30*time.Second)
 	t(&l.PingIdle, 60*time.Second)
 	return l
 }
@@ -95,6 +102,8 @@ type NAT struct {
 	udp  *udpNAT
 	icmp *icmpNAT
 
+	openUDP bool // Config.OpenUDP
+
 	pubMu     sync.Mutex
 	published map[*Published]struct{}
 	pubClosed bool
@@ -108,7 +117,7 @@ func New(cfg Config) (*NAT, error) {
 	if cfg.Network == nil {
 		return nil, errors.New("nat: Config.Network is nil; give the gateway")
 	}
-	n := &NAT{net: cfg.Network, limits: cfg.Limits.withDefaults(), drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock, published: make(map[*Published]struct{})}
+	n := &NAT{net: cfg.Network, limits: cfg.Limits.withDefaults(), drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock, openUDP: cfg.OpenUDP, published: make(map[*Published]struct{})}
 	raiseDescriptors()
 	if n.drops == nil {
 		n.drops = new(frame.DropCounters)

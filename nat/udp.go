@@ -1,13 +1,282 @@
 package nat
 
-import "patchbay/stack"
+import (
+	"encoding/binary"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
 
-// udpNAT is a placeholder until UDP is written.
-type udpNAT struct{ n *NAT }
+	"golang.org/x/sys/unix"
 
-func newUDP(n *NAT) (*udpNAT, error) { return &udpNAT{n: n}, nil }
+	"patchbay/frame"
+	"patchbay/internal/wire"
+	"patchbay/stack"
+)
 
-// HandlePackets refuses.
-func (u *udpNAT) HandlePackets(ps []stack.Packet) {}
+// errorsPerSecond bounds the ICMP errors that are carried to, or made for, the containers of one network.
+const errorsPerSecond = 1000
 
-func (u *udpNAT) close() {}
+// udpNAT translates datagrams between a container network and sockets of the host, packet by packet.
+//
+// Outwards (HandlePackets, on the goroutine that read the TAP): each packet finds the host socket of its container endpoint, all those
+// of one batch are grouped by socket (sendBatch), and equal datagrams to one destination leave in one UDP_SEGMENT call. Inwards
+// (ready, on the loop of NAT.packets): recvmmsg with UDP_GRO into buffers with headroom; the frame is built around the payload where it lies.
+//
+// It is also the engine of icmpNAT, whose ping sockets differ in little.
+type udpNAT struct {
+	n      *NAT
+	net    stack.Network
+	drops  *frame.DropCounters
+	policy *policy
+	loop   *poller
+	now    func() time.Time
+
+	flows  *flowTable
+	pubs   pubTable
+	pool   sendPool
+	rx     *recvBatch // the loop's
+	errors tokens
+	peers  atomic.Int64 // held by all flows; see flow.learn
+	mtu    int          // of the network, read once
+}
+
+func newUDP(n *NAT) (*udpNAT, error) {
+	u := &udpNAT{n: n, net: n.net, drops: n.drops, policy: n.policy, loop: n.packets, now: n.now, mtu: n.net.MTU(), rx: newRecvBatch()}
+	u.errors = tokens{rate: errorsPerSecond}
+	u.flows = newFlowTable(u, fdBudget(n.limits.UDPFlows), n.limits.UDPFlowsPerContainer, func(f *flow) time.Duration { return udpIdle(f, &n.limits) })
+	u.flows.open = openUDPFlow(ephemeralPorts())
+	u.pubs.init(u, n.limits.UDPFlows, n.limits.UDPFlowsPerContainer)
+	n.packets.setTick(u.tick)
+	return u, nil
+}
+
+// fdBudget is n, or half of the descriptors the process may open when that is less: the rest is for TCP and published ports.
+func fdBudget(n int) int {
+	var r unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &r) == nil && r.Cur/2 < uint64(n) {
+		return int(r.Cur / 2)
+	}
+	return n
+}
+
+// HandlePackets sends the datagrams of ps on their way. It never waits. Implements stack.PacketHandler.
+func (u *udpNAT) HandlePackets(ps []stack.Packet) {
+	b := u.pool.get(u)
+	c := outbound{u: u, b: b, now: u.now().UnixNano()}
+	for i := range ps {
+		c.packet(&ps[i])
+	}
+	b.flush()
+	u.pool.put(b)
+}
+
+// outbound classifies the packets of one batch. It remembers the last answer, since neighbours in a batch are mostly of one flow.
+type outbound struct {
+	u   *udpNAT
+	b   *sendBatch
+	now int64
+
+	src, dst netip.AddrPort
+	route    route
+	routed   bool
+}
+
+// route is where a datagram leaves.
+type route struct {
+	sock *packetSock
+	dst  netip.AddrPort
+	from netip.Addr
+}
+
+func (c *outbound) packet(p *stack.Packet) {
+	u := c.u
+	l4 := p.L4()
+	data, drop, ok := udpPayload(p, l4)
+	if !ok {
+		u.drops.Add(drop, 1)
+		return
+	}
+	if p.IP.TTL <= 1 {
+		u.timeExceeded(p)
+		return
+	}
+	src := netip.AddrPortFrom(p.IP.Src, binary.BigEndian.Uint16(l4[0:]))
+	dst := netip.AddrPortFrom(p.IP.Dst, binary.BigEndian.Uint16(l4[2:]))
+	if !c.routed || src != c.src || dst != c.dst {
+		c.routed = false
+		if c.route, ok = u.route(p, src, dst, c.now); !ok {
+			return
+		}
+		c.src, c.dst, c.routed = src, dst, true
+	}
+	it := sendItem{sock: c.route.sock, dst: c.route.dst, from: c.route.from, data: data, tos: p.IP.TOS, ttl: hop(p.IP.TTL), df: p.IP.DontFragment && p.IP.Len <= u.mtu, pkt: p}
+	if p.Frame.Hdr.GSO() == wire.GSOUDPL4 && int(p.Frame.Hdr.GSOSize) < len(data) {
+		it.seg, it.df = int(p.Frame.Hdr.GSOSize), p.IP.DontFragment
+	}
+	if p.IP.Version == 6 && u.net6Told(c.route.sock) {
+		it.df = false
+	}
+	c.b.add(it)
+}
+
+// net6Told reports whether the container has been told of a smaller path MTU on this IPv6 socket. What is longer still comes in fragments of
+// its own making, put together by the gateway: it must be cut again, not refused again.
+func (u *udpNAT) net6Told(s *packetSock) bool { return s.mtu.Load() != 0 }
+
+// udpPayload checks the UDP header of p and returns what it carries.
+func udpPayload(p *stack.Packet, l4 []byte) (data []byte, drop frame.Drop, ok bool) {
+	if len(l4) < wire.UDPLen {
+		return nil, frame.DropMalformed, false
+	}
+	gso := p.Frame.Hdr.GSO() == wire.GSOUDPL4
+	n := int(binary.BigEndian.Uint16(l4[4:]))
+	if gso {
+		// The length of a superframe is the frame's: writers differ in what they put here.
+		if p.Frame.Hdr.GSOSize == 0 {
+			return nil, frame.DropBadHdr, false
+		}
+		return l4[wire.UDPLen:], 0, true
+	}
+	if n < wire.UDPLen || n > len(l4) {
+		return nil, frame.DropMalformed, false
+	}
+	if p.Frame.Hdr.Flags&(wire.VirtioNeedsCsum|wire.VirtioDataValid) == 0 {
+		// The checksum is finished, so the packet has crossed something. The host will put a new one on the datagram: a wrong one must not be made right.
+		sum := binary.BigEndian.Uint16(l4[6:])
+		if sum == 0 {
+			if p.IP.Version == 6 { // RFC 8200 §8.1
+				return nil, frame.DropChecksum, false
+			}
+		} else if wire.Fold(wire.Sum(l4[:n], wire.PseudoSum(p.IP.Src, p.IP.Dst, wire.ProtoUDP, n))) != 0xffff {
+			return nil, frame.DropChecksum, false
+		}
+	}
+	return l4[wire.UDPLen:n], 0, true
+}
+
+// hop is the time to live with which a packet goes on, or 0 for the host's default, which saves a control message on nearly all of them.
+func hop(ttl uint8) uint8 {
+	if ttl == defaultTTL || ttl == defaultTTL+1 {
+		return 0
+	}
+	return ttl - 1
+}
+
+// route finds the socket and host address for a datagram of container endpoint src to dst, and opens the flow if there is none. A
+// refusal is counted and answered.
+func (u *udpNAT) route(p *stack.Packet, src, dst netip.AddrPort, now int64) (r route, ok bool) {
+	if r, ok := u.pubs.route(src, dst, now); ok {
+		return r, true
+	}
+	v := u.policy.check(dst.Addr())
+	if !v.ok {
+		u.drops.Add(v.drop, 1)
+		u.net.SendUnreachable(p, v.why, 0)
+		return r, false
+	}
+	host := netip.AddrPortFrom(v.host, dst.Port())
+	if dst.Port() == 0 {
+		u.drops.Add(frame.DropMalformed, 1)
+		return r, false
+	}
+	if r, ok := u.pubs.initiate(src, dst, host, now); ok {
+		return r, true
+	}
+	f, drop := u.flows.get(src, now)
+	if f == nil {
+		u.drops.Add(drop, 1)
+		return r, false
+	}
+	f.sent(host, now)
+	return route{sock: &f.packetSock, dst: host}, true
+}
+
+// gsoFits is the largest datagram worth joining with others in one call: what fits the network, and so most likely the way out.
+func (u *udpNAT) gsoFits(s *packetSock) int {
+	if s.ping {
+		return -1
+	}
+	if s.v6 && !s.dual {
+		return u.mtu - wire.IPv6Len - wire.UDPLen
+	}
+	return u.mtu - wire.IPv4Len - wire.UDPLen
+}
+
+// timeExceeded answers a packet that may go no further, as the router that the gateway is.
+func (u *udpNAT) timeExceeded(p *stack.Packet) {
+	u.drops.Add(frame.DropTTL, 1)
+	l4 := p.L4()
+	if len(l4) < 8 || !u.errors.allow(u.now()) {
+		return
+	}
+	e := icmpError{typ: 11, proto: p.IP.Proto, ttl: p.IP.TTL, src: netip.AddrPortFrom(p.IP.Src, 0), dst: netip.AddrPortFrom(p.IP.Dst, 0), from: u.net.Addr(int(p.IP.Version))}
+	if p.IP.Version == 6 {
+		e.typ = 3
+	}
+	if !e.from.IsValid() {
+		return
+	}
+	copy(e.transport[:], l4)
+	e.data, e.dataLength = l4[8:], min(len(l4)-8, 0xffff-wire.IPv4Len-8)
+	u.net.Send([]frame.Frame{e.put(make([]byte, icmpErrorRoom))})
+}
+
+// receive takes what waits on s and gives each message to f, which queues frames on u.rx. It is called on the loop.
+func (u *udpNAT) receive(s *packetSock, f func(r *received)) {
+	for range recvRounds {
+		n, _ := u.rx.recv(s)
+		for i := range n {
+			var r received
+			if !u.rx.at(i, &r) {
+				u.drops.Add(frame.DropMalformed, 1)
+				continue
+			}
+			f(&r)
+		}
+		u.rx.flush(u)
+		if n < recvMsgs {
+			return
+		}
+	}
+}
+
+// tick expires idle flows; the loop calls it. It returns 0 when there is nothing left to watch.
+func (u *udpNAT) tick() time.Duration {
+	now := u.now()
+	left := u.flows.sweep(now) + u.pubs.sweep(now)
+	if u.n.icmp != nil {
+		left += u.n.icmp.flows.sweep(now)
+	}
+	if left == 0 {
+		return 0
+	}
+	return udpSweepEvery
+}
+
+func (u *udpNAT) close() {
+	u.flows.close()
+	u.pubs.close()
+}
+
+// tokens is a token bucket that holds one second's worth. Safe for concurrent use.
+type tokens struct {
+	rate int
+
+	mu   sync.Mutex
+	last time.Time
+	have float64
+}
+
+// allow takes a token if there is one.
+func (t *tokens) allow(now time.Time) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.have = min(float64(t.rate), t.have+now.Sub(t.last).Seconds()*float64(t.rate))
+	t.last = now
+	if t.have < 1 {
+		return false
+	}
+	t.have--
+	return true
+}
