@@ -164,14 +164,14 @@ func (p *poller) kick() {
 
 var errPollerClosed = errors.New("nat: closed")
 
-// run is the loop. It returns when ctx ends (nil) or close is called (nil), or with the error that broke epoll. It may be called once.
+// run is the loop. It returns when ctx ends (nil) or close was called (nil), or with the error that broke epoll. It may be called once.
 func (p *poller) run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, p.stop)
 	defer stop()
 	p.mu.Lock()
-	if p.freed || p.inRun {
+	if p.freed {
 		p.mu.Unlock()
-		return errPollerClosed
+		return nil
 	}
 	p.inRun = true
 	p.mu.Unlock()

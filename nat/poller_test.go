@@ -27,7 +27,7 @@ func startPoller(t *testing.T) *poller {
 	go func() { done <- p.run(context.Background()) }()
 	t.Cleanup(func() {
 		p.close()
-		if err := <-done; err != nil && err != errPollerClosed {
+		if err := <-done; err != nil {
 			t.Errorf("run: %v", err)
 		}
 	})

@@ -51,7 +51,7 @@ func portHolder(proto string, b *binding) string {
 		}
 		if pid, comm, ok := findInode(inode); ok {
 			if pid == os.Getpid() {
-				return fmt.Sprintf("patchbay itself (pid %d), which publishes it already", pid)
+				return fmt.Sprintf("this patchbay itself (pid %d)", pid)
 			}
 			return fmt.Sprintf("%s (pid %d)", comm, pid)
 		}
