@@ -1,0 +1,380 @@
+package stack
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// conn is a TCP connection, a thin layer over netstack's endpoint; it implements Conn.
+//
+// Netstack says what happened by calling NotifyEvent, often with the endpoint's lock held. Readers and writers that wait are woken through the
+// channels rd and wr, each of which holds at most one wake-up.
+type conn struct {
+	g             *Gateway
+	key           flowKey
+	id            gstack.TransportEndpointID
+	ep            *tcp.Endpoint
+	queue         waiter.Queue
+	entry         waiter.Entry
+	local, remote netip.AddrPort
+
+	rd, wr         chan struct{}
+	rdLine, wrLine deadline
+	inline         atomic.Bool // a goroutine is in process; it looks at ready when it is done
+	ready          atomic.Bool // there is something to read
+	closed         atomic.Bool
+	reset          atomic.Bool
+	fate           atomic.Pointer[error] // what ended the connection; netstack tells that only once
+
+	pump pump
+}
+
+var _ Conn = (*conn)(nil)
+
+func newConn(g *Gateway, key flowKey, local, remote netip.AddrPort) *conn {
+	c := &conn{g: g, key: key, id: key.id(), local: local, remote: remote, rd: make(chan struct{}, 1), wr: make(chan struct{}, 1)}
+	c.entry.Init(c, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr)
+	c.queue.EventRegister(&c.entry)
+	return c
+}
+
+// setOptions is called once the endpoint exists.
+func (c *conn) setOptions() {
+	t := &c.g.cfg.TCP
+	if t.KeepAliveIdle > 0 {
+		idle := tcpip.KeepaliveIdleOption(t.KeepAliveIdle)
+		every := tcpip.KeepaliveIntervalOption(t.KeepAliveInterval)
+		c.ep.SetSockOpt(&idle)
+		c.ep.SetSockOpt(&every)
+		c.ep.SetSockOptInt(tcpip.KeepaliveCountOption, t.KeepAliveCount)
+		c.ep.SocketOptions().SetKeepAlive(true)
+	}
+}
+
+// dead reports whether the endpoint has left the stack.
+func (c *conn) dead() bool {
+	st := c.ep.EndpointState()
+	return st == tcp.StateClose || st == tcp.StateError
+}
+
+// endTimeWait ends TIME-WAIT for the sake of a new SYN. It is false in every other state.
+func (c *conn) endTimeWait() bool {
+	if c.ep.EndpointState() != tcp.StateTimeWait || !c.ep.TryLock() {
+		return false
+	}
+	if c.ep.EndpointState() == tcp.StateTimeWait {
+		transitionToStateCloseLocked(c.ep)
+	}
+	c.ep.ResumeWork()
+	return c.dead()
+}
+
+// NotifyEvent implements waiter.EventListener. It may be called with the endpoint locked, so it only leaves word.
+func (c *conn) NotifyEvent(mask waiter.EventMask) {
+	if mask&(waiter.ReadableEvents|waiter.EventHUp|waiter.EventErr) != 0 {
+		c.ready.Store(true)
+		if !c.inline.Load() {
+			wake(c.rd)
+		}
+	}
+	if mask&(waiter.WritableEvents|waiter.EventHUp|waiter.EventErr) != 0 {
+		wake(c.wr)
+	}
+	if mask&waiter.EventHUp != 0 && c.ep != nil && c.dead() {
+		c.g.flows.remove(c)
+	}
+}
+
+// afterSegments follows netstack's processing of segments on the goroutine that read them.
+func (c *conn) afterSegments() {
+	c.inline.Store(false)
+	if c.ready.Load() {
+		wake(c.rd)
+	}
+}
+
+func wake(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+func (c *conn) LocalAddr() net.Addr  { return net.TCPAddrFromAddrPort(c.local) }
+func (c *conn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.remote) }
+
+// errFor turns netstack's answer to an operation into an error, and keeps what ended the connection for those who ask later.
+func (c *conn) errFor(op string, err tcpip.Error) error {
+	if c.closed.Load() {
+		return opError(op, c.local, c.remote, net.ErrClosed)
+	}
+	switch err.(type) {
+	case *tcpip.ErrClosedForReceive, *tcpip.ErrClosedForSend, *tcpip.ErrNotConnected, *tcpip.ErrInvalidEndpointState:
+		if c.fate.Load() == nil && c.dead() {
+			if last := c.ep.LastError(); last != nil {
+				e := errnoOf(last)
+				c.fate.CompareAndSwap(nil, &e)
+			}
+		}
+	default:
+		e := errnoOf(err)
+		c.fate.CompareAndSwap(nil, &e)
+	}
+	if f := c.fate.Load(); f != nil {
+		return opError(op, c.local, c.remote, *f)
+	}
+	if _, ok := err.(*tcpip.ErrClosedForReceive); ok {
+		return io.EOF
+	}
+	return opError(op, c.local, c.remote, errnoOf(err))
+}
+
+func opError(op string, local, remote netip.AddrPort, err error) error {
+	return &net.OpError{Op: op, Net: "tcp", Source: net.TCPAddrFromAddrPort(local), Addr: net.TCPAddrFromAddrPort(remote), Err: err}
+}
+
+// wait blocks until ch is signalled or the deadline d passes.
+func (c *conn) wait(op string, ch chan struct{}, d *deadline) error {
+	select {
+	case <-ch:
+		return nil
+	default:
+	}
+	select {
+	case <-ch:
+		return nil
+	case <-d.passed():
+		return opError(op, c.local, c.remote, os.ErrDeadlineExceeded)
+	}
+}
+
+// Read reads what has arrived, waiting for at least one byte.
+func (c *conn) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	for {
+		if c.closed.Load() {
+			return 0, opError("read", c.local, c.remote, net.ErrClosed)
+		}
+		if c.rdLine.over() {
+			return 0, opError("read", c.local, c.remote, os.ErrDeadlineExceeded)
+		}
+		c.ready.Store(false)
+		w := tcpip.SliceWriter(p)
+		res, err := c.ep.Read(&w, tcpip.ReadOptions{})
+		switch err.(type) {
+		case nil:
+			c.ready.Store(true) // there may be more
+			c.ep.ModerateRecvBuf(res.Count)
+			return res.Count, nil
+		case *tcpip.ErrWouldBlock:
+		case *tcpip.ErrNotConnected:
+			if !c.connecting() {
+				return 0, c.errFor("read", err)
+			}
+		default:
+			return 0, c.errFor("read", err)
+		}
+		if err := c.wait("read", c.rd, &c.rdLine); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// connecting reports whether the handshake is under way.
+func (c *conn) connecting() bool {
+	switch c.ep.EndpointState() {
+	case tcp.StateConnecting, tcp.StateSynSent, tcp.StateSynRecv, tcp.StateInitial, tcp.StateBound:
+		return true
+	}
+	return false
+}
+
+// sliceSource is a tcpip.Payloader over bytes.
+type sliceSource []byte
+
+func (s *sliceSource) Len() int { return len(*s) }
+
+func (s *sliceSource) Read(p []byte) (int, error) {
+	if len(*s) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(p, *s)
+	*s = (*s)[n:]
+	return n, nil
+}
+
+// Write queues all of p, waiting for room.
+func (c *conn) Write(p []byte) (int, error) {
+	done := 0
+	for {
+		if c.closed.Load() {
+			return done, opError("write", c.local, c.remote, net.ErrClosed)
+		}
+		if done == len(p) {
+			return done, nil
+		}
+		if c.wrLine.over() {
+			return done, opError("write", c.local, c.remote, os.ErrDeadlineExceeded)
+		}
+		src := sliceSource(p[done:])
+		n, err := c.ep.Write(&src, tcpip.WriteOptions{})
+		done += int(n)
+		switch err.(type) {
+		case nil:
+			if n > 0 {
+				continue
+			}
+		case *tcpip.ErrWouldBlock:
+		default:
+			return done, c.errFor("write", err)
+		}
+		if err := c.wait("write", c.wr, &c.wrLine); err != nil {
+			return done, err
+		}
+	}
+}
+
+// CloseWrite sends a FIN behind what was written.
+func (c *conn) CloseWrite() error {
+	for {
+		if c.closed.Load() {
+			return opError("close", c.local, c.remote, net.ErrClosed)
+		}
+		if !c.connecting() {
+			break
+		}
+		// A FIN cannot precede the handshake; netstack would end the connection with an error.
+		if err := c.wait("close", c.wr, &c.wrLine); err != nil {
+			return err
+		}
+	}
+	wake(c.wr)
+	switch err := c.ep.Shutdown(tcpip.ShutdownWrite).(type) {
+	case nil, *tcpip.ErrNotConnected:
+		return nil
+	default:
+		return c.errFor("close", err)
+	}
+}
+
+// Close ends both directions. What was written is still delivered; data that arrived and was not read makes it a reset, as it does on Linux.
+func (c *conn) Close() error {
+	if c.closed.Swap(true) {
+		return nil
+	}
+	c.ep.Close()
+	c.ended()
+	return nil
+}
+
+// Reset ends the connection with RST at once.
+func (c *conn) Reset() {
+	if c.reset.Swap(true) {
+		return
+	}
+	c.closed.Store(true)
+	if c.ep.EndpointState() == tcp.StateSynRecv {
+		// Abort is silent then, but the container has our SYN-ACK and believes in the connection.
+		c.ep.SocketOptions().SetLinger(tcpip.LingerOption{Enabled: true})
+		c.ep.Close()
+	} else {
+		c.ep.Abort()
+	}
+	c.ended()
+}
+
+// ended wakes all who wait and, when the endpoint is gone already, forgets the connection.
+func (c *conn) ended() {
+	wake(c.rd)
+	wake(c.wr)
+	if c.dead() {
+		c.g.flows.remove(c)
+	}
+}
+
+// SetDeadline sets both deadlines.
+func (c *conn) SetDeadline(t time.Time) error {
+	c.rdLine.set(t)
+	c.wrLine.set(t)
+	return nil
+}
+
+// SetReadDeadline bounds Read and WriteTo.
+func (c *conn) SetReadDeadline(t time.Time) error { c.rdLine.set(t); return nil }
+
+// SetWriteDeadline bounds Write, ReadFrom and CloseWrite.
+func (c *conn) SetWriteDeadline(t time.Time) error { c.wrLine.set(t); return nil }
+
+// isReset reports whether err means that the container reset the connection.
+func isReset(err error) bool { return errors.Is(err, syscall.ECONNRESET) }
+
+// deadline is a moment that ends waiting, as in net.Pipe. The zero deadline never comes.
+type deadline struct {
+	mu    sync.Mutex
+	timer *time.Timer
+	ch    chan struct{}
+	past  atomic.Bool
+}
+
+func (d *deadline) over() bool { return d.past.Load() }
+
+// passed is closed when the deadline has come.
+func (d *deadline) passed() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.ch == nil {
+		d.ch = make(chan struct{})
+	}
+	return d.ch
+}
+
+func (d *deadline) set(t time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.timer != nil {
+		d.timer.Stop()
+		d.timer = nil
+	}
+	if d.past.Load() {
+		d.past.Store(false)
+		d.ch = nil
+	}
+	if t.IsZero() {
+		return
+	}
+	if d.ch == nil {
+		d.ch = make(chan struct{})
+	}
+	ch := d.ch
+	wait := time.Until(t)
+	if wait <= 0 {
+		d.past.Store(true)
+		close(ch)
+		return
+	}
+	var timer *time.Timer
+	timer = time.AfterFunc(wait, func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.timer == timer {
+			d.timer = nil
+			d.past.Store(true)
+			close(ch)
+		}
+	})
+	d.timer = timer
+}

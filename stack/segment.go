@@ -1,0 +1,248 @@
+package stack
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"sync"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"patchbay/frame"
+	"patchbay/internal/wire"
+)
+
+// TCP flags.
+const (
+	tcpFIN = 1 << iota
+	tcpSYN
+	tcpRST
+	tcpPSH
+	tcpACK
+)
+
+// timeWait is how long a closed connection of ours stays in TIME-WAIT; see netstack.init.
+const timeWait = time.Millisecond
+
+// flowShards spreads the table of connections over as many locks.
+const flowShards = 64
+
+// flowTable finds the connection of a segment.
+type flowTable struct {
+	shards [flowShards]struct {
+		mu sync.RWMutex
+		m  map[flowKey]*conn
+		_  [24]byte // keeps neighbouring locks off one cache line
+	}
+}
+
+func (t *flowTable) init() {
+	for i := range t.shards {
+		t.shards[i].m = make(map[flowKey]*conn)
+	}
+}
+
+// shard picks by the container's port, which varies most.
+func shard(k *flowKey) int { return int(k.remotePort^k.remotePort>>6^k.localPort) % flowShards }
+
+func (t *flowTable) get(k *flowKey) *conn {
+	s := &t.shards[shard(k)]
+	s.mu.RLock()
+	c := s.m[*k]
+	s.mu.RUnlock()
+	return c
+}
+
+// put is false when the key is taken by another connection that is alive.
+func (t *flowTable) put(c *conn) bool {
+	s := &t.shards[shard(&c.key)]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if o := s.m[c.key]; o != nil && !o.dead() {
+		return false
+	}
+	s.m[c.key] = c
+	return true
+}
+
+func (t *flowTable) remove(c *conn) {
+	s := &t.shards[shard(&c.key)]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.m[c.key] == c {
+		delete(s.m, c.key)
+	}
+}
+
+func (t *flowTable) all() (cs []*conn) {
+	for i := range t.shards {
+		s := &t.shards[i]
+		s.mu.RLock()
+		for _, c := range s.m {
+			cs = append(cs, c)
+		}
+		s.mu.RUnlock()
+	}
+	return cs
+}
+
+// sortTCP hands a segment to its connection, makes a request of a SYN, and refuses what belongs to neither.
+func (g *Gateway) sortTCP(b *batch, p *Packet) {
+	l4 := p.L4()
+	if len(l4) < wire.TCPLen {
+		g.drops.Add(frame.DropMalformed, 1)
+		return
+	}
+	if off := int(l4[12]>>4) * 4; off < wire.TCPLen || off > len(l4) {
+		g.drops.Add(frame.DropMalformed, 1)
+		return
+	}
+	if p.Frame.Hdr.Flags&(wire.VirtioNeedsCsum|wire.VirtioDataValid) == 0 && !p.Frame.Superframe() &&
+		wire.Fold(wire.Sum(l4, wire.PseudoSum(p.IP.Src, p.IP.Dst, wire.ProtoTCP, len(l4)))) != 0xffff {
+		g.drops.Add(frame.DropChecksum, 1)
+		return
+	}
+	srcPort, dstPort := tcpPorts(l4)
+	key := flowKey{local: p.IP.Dst.As16(), remote: p.IP.Src.As16(), localPort: dstPort, remotePort: srcPort, v6: p.IP.Version == 6}
+	syn := l4[13]&(tcpSYN|tcpACK|tcpRST) == tcpSYN
+
+	c := g.flows.get(&key)
+	if c != nil && (c.dead() || syn && c.endTimeWait()) {
+		g.flows.remove(c)
+		c = nil
+	}
+	if b.flow != nil && b.flow != c {
+		g.process(b.flow)
+		b.flow = nil
+	}
+	switch {
+	case c != nil:
+		if g.enqueue(c, p) {
+			b.flow = c
+		}
+	case syn:
+		g.request(p, key)
+	default:
+		// A request whose SYN-ACK is out but whose connection is not in the table yet: netstack knows it already.
+		if ep, ok := g.tcp.stack.FindTransportEndpoint(netProto(p.IP.Src), tcp.ProtocolNumber, key.id(), nicID).(*tcp.Endpoint); ok && ep != nil {
+			pkt := inPacket(p)
+			g.tcp.proto.QueuePacket(ep, key.id(), pkt)
+			pkt.DecRef()
+			return
+		}
+		if l4[13]&tcpRST == 0 && !g.pending.has(&key) {
+			g.reset(p)
+		}
+	}
+}
+
+// inPacket copies the IP packet of p into a buffer of netstack's, sized to it.
+func inPacket(p *Packet) *gstack.PacketBuffer {
+	v := buffer.NewView(p.IP.Len)
+	v.Write(p.Frame.Data[p.L3 : p.L3+p.IP.Len])
+	pkt := gstack.NewPacketBuffer(gstack.PacketBufferOptions{Payload: buffer.MakeWithView(v)})
+	pkt.NetworkProtocolNumber = netProto(p.IP.Src)
+	pkt.NetworkHeader().Consume(p.IP.HdrLen)
+	pkt.TransportProtocolNumber = tcp.ProtocolNumber
+	pkt.TransportHeader().Consume(int(p.L4()[12]>>4) * 4)
+	pkt.NICID = nicID
+	pkt.RXChecksumValidated = true
+	return pkt
+}
+
+// enqueue gives a segment to c's endpoint. It is true when process must be called after; false when somebody else has the endpoint and will
+// look at its queue.
+func (g *Gateway) enqueue(c *conn, p *Packet) bool {
+	pkt := inPacket(p)
+	defer pkt.DecRef()
+	if !c.ep.TryLock() {
+		g.tcp.proto.QueuePacket(c.ep, c.id, pkt)
+		return false
+	}
+	s, err := newIncomingSegment(c.id, g.tcp.stack.Clock(), pkt)
+	if err != nil {
+		c.ep.ResumeWork()
+		g.drops.Add(frame.DropMalformed, 1)
+		return false
+	}
+	if !enqueueSegment(c.ep, s) {
+		g.drops.Add(frame.DropTxBusy, 1) // more than the receive buffer, which the peer was told not to send
+	}
+	c.ep.ResumeWork()
+	segmentDecRef(s)
+	return true
+}
+
+// process runs netstack over the segments queued for c, on this goroutine, and then what the connection's user wants done with the result.
+func (g *Gateway) process(c *conn) {
+	c.inline.Store(true)
+	run(c.ep)
+	c.afterSegments()
+}
+
+// run does what netstack's processor goroutine does with an endpoint that has segments.
+func run(ep *tcp.Endpoint) {
+	for range 4 { // handshake, data, TIME-WAIT, closed: each step may leave segments for the next
+		st := ep.EndpointState()
+		switch st {
+		case tcp.StateConnecting, tcp.StateSynSent, tcp.StateSynRecv:
+			handleConnecting(ep)
+		case tcp.StateTimeWait:
+			handleTimeWait(ep)
+		case tcp.StateClose, tcp.StateError:
+			drainClosingSegmentQueue(ep)
+		case tcp.StateEstablished, tcp.StateFinWait1, tcp.StateFinWait2, tcp.StateCloseWait, tcp.StateLastAck, tcp.StateClosing:
+			handleConnected(ep)
+		}
+		if ep.EndpointState() == st {
+			return
+		}
+	}
+}
+
+// reset refuses a segment that belongs to no connection (RFC 9293 §3.10.7.1).
+func (g *Gateway) reset(p *Packet) {
+	if !g.errs.take() {
+		g.drops.Add(frame.DropServiceLimit, 1)
+		return
+	}
+	l4 := p.L4()
+	seq, ack := binary.BigEndian.Uint32(l4[4:]), binary.BigEndian.Uint32(l4[8:])
+	flags := l4[13]
+	n := uint32(len(l4) - int(l4[12]>>4)*4)
+	if flags&tcpSYN != 0 {
+		n++
+	}
+	if flags&tcpFIN != 0 {
+		n++
+	}
+	if flags&tcpACK != 0 {
+		g.sendRST(p.IP.Dst, p.IP.Src, l4, ack, 0, tcpRST)
+	} else {
+		g.sendRST(p.IP.Dst, p.IP.Src, l4, 0, seq+n, tcpRST|tcpACK)
+	}
+}
+
+// sendRST answers the TCP header in l4.
+func (g *Gateway) sendRST(src, dst netip.Addr, l4 []byte, seq, ack uint32, flags byte) {
+	hdr := wire.IPv4Len
+	if src.Is6() {
+		hdr = wire.IPv6Len
+	}
+	r := make([]byte, wire.EthernetLen+hdr+wire.TCPLen)
+	t := r[wire.EthernetLen+hdr:]
+	copy(t[0:2], l4[2:4])
+	copy(t[2:4], l4[0:2])
+	binary.BigEndian.PutUint32(t[4:], seq)
+	binary.BigEndian.PutUint32(t[8:], ack)
+	t[12], t[13] = wire.TCPLen/4<<4, flags
+	if src.Is6() {
+		wire.PutIPv6(r[wire.EthernetLen:], src, dst, wire.ProtoTCP, 0, 64, wire.TCPLen)
+	} else {
+		wire.PutIPv4(r[wire.EthernetLen:], src, dst, wire.ProtoTCP, 0, 64, hdr+wire.TCPLen, 0, true)
+	}
+	binary.BigEndian.PutUint16(t[16:], ^wire.Fold(wire.Sum(t, wire.PseudoSum(src, dst, wire.ProtoTCP, wire.TCPLen))))
+	g.sendOne(r)
+}
