@@ -1,0 +1,233 @@
+package edge
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"patchbay/tap"
+)
+
+// killGrace is how long the edge process has to clear up before it is killed itself.
+const killGrace = 10 * time.Second
+
+// Devices are the interfaces of the Spec, in its order: descriptors, negotiated offloads, MAC and MTU. They belong to the caller, who
+// closes them, or hands them to tap.New, which does. The edge process keeps duplicates, so the carrier stays up without them.
+func (p *Process) Devices() []*tap.Handle { return p.devices }
+
+// Notes says, one line each, what was asked for and not had but does not keep the container from working.
+// The list is complete when Release has returned.
+func (p *Process) Notes() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.notes)
+}
+
+// PID is the edge process's id. Its /proc/PID/ns are the container's namespaces.
+func (p *Process) PID() int { return p.pid }
+
+// Release lets COMMAND start, and returns when it has been executed, or with the *Error that says why it could not be. It blocks for as
+// long as the container's files are being set up and COMMAND is being executed. A second call does nothing.
+func (p *Process) Release() error {
+	select {
+	case <-p.ready:
+	case <-p.ended:
+		return p.startError()
+	}
+	p.mu.Lock()
+	first := !p.released
+	p.released = true
+	p.mu.Unlock()
+	if !first {
+		return nil
+	}
+	if err := p.link.send(message{Kind: msgRelease}); err != nil && !gone(err) {
+		return failed("edge process: %w", err)
+	}
+	select {
+	case <-p.started:
+		return nil
+	case <-p.ended:
+		return p.startError()
+	}
+}
+
+// startError is why COMMAND did not start. A signal that came before it is no error: Wait reports it.
+func (p *Process) startError() error {
+	select {
+	case <-p.started: // it did, and was quick
+		return nil
+	default:
+	}
+	_, err := p.Wait()
+	return err
+}
+
+// Signal sends COMMAND s, whatever process group it is in. Before COMMAND has started, a signal that would end it ends the container. It is
+// no error if COMMAND is gone already.
+func (p *Process) Signal(s syscall.Signal) error {
+	if err := p.link.send(message{Kind: msgKill, Signal: int(s)}); err != nil && !gone(err) {
+		return fmt.Errorf("signal %v: %w", s, err)
+	}
+	return nil
+}
+
+// Wait blocks until COMMAND has ended and nothing of the container is left, and returns how COMMAND ended. The error is an *Error: COMMAND
+// could not be started, or the edge process was lost. It may be called several times and from several goroutines.
+func (p *Process) Wait() (Status, error) {
+	<-p.ended
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.status, p.err
+}
+
+// Close ends the container, COMMAND and all its descendants, with SIGKILL, and returns when nothing is left of it. Devices stay
+// open. Wait then says that
+// COMMAND was killed. Idempotent.
+func (p *Process) Close() error {
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
+	_ = p.link.Close() // the edge process sees its parent gone and clears up
+	select {
+	case <-p.ended:
+		return nil
+	case <-time.After(killGrace):
+	}
+	p.kill()
+	select {
+	case <-p.ended:
+		return nil
+	case <-time.After(killGrace):
+		return fmt.Errorf("edge process %d does not end although it was killed: it hangs inside the kernel", p.pid)
+	}
+}
+
+// kill ends the edge process, unless it has been reaped and its id may be another's.
+func (p *Process) kill() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.reaped {
+		_ = syscall.Kill(p.pid, syscall.SIGKILL)
+	}
+}
+
+// await reaps the edge process when it has ended. It blocks its thread for as long as that takes.
+func (p *Process) await() (ws syscall.WaitStatus) {
+	for errors.Is(unix.Waitid(unix.P_PID, p.pid, nil, unix.WEXITED|unix.WNOWAIT, nil), unix.EINTR) {
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for {
+		if _, err := syscall.Wait4(p.pid, &ws, 0, nil); !errors.Is(err, syscall.EINTR) {
+			p.reaped = true
+			return ws
+		}
+	}
+}
+
+// run follows the edge process to its end.
+func (p *Process) run(died <-chan syscall.WaitStatus) {
+	p.follow()
+	_ = p.link.Close()
+	ws := <-died
+	p.sweep()
+	p.stops.stop()
+	if p.userN != nil {
+		_ = p.userN.Close()
+	}
+	p.mu.Lock()
+	switch r := p.report; {
+	case r == nil && p.closed:
+		p.status = Status{Signal: syscall.SIGKILL}
+	case r == nil:
+		p.err = lost(ws)
+	case r.Kind == msgFail:
+		p.err = r.failure()
+	default:
+		p.status = Status{Code: r.Code & 0xff, Signal: syscall.Signal(r.Signal & 0x7f), Left: r.Left}
+	}
+	p.mu.Unlock()
+	close(p.ended)
+}
+
+// follow reads what the edge process has to say until it is gone.
+func (p *Process) follow() {
+	buf := make([]byte, maxMessage)
+	for {
+		m, _, err := p.link.recv(buf, false)
+		if err != nil {
+			return
+		}
+		switch m.Kind {
+		case msgReady:
+			p.mu.Lock()
+			p.notes = append(p.notes, m.Notes...)
+			p.mu.Unlock()
+			closeOnce(p.ready)
+		case msgStarted:
+			p.mu.Lock()
+			p.command = m.PID
+			p.mu.Unlock()
+			closeOnce(p.started)
+		case msgStopped:
+			p.stops.stopped()
+		case msgCont:
+			p.stops.continued()
+		case msgExit, msgFail:
+			p.mu.Lock()
+			if p.report == nil {
+				p.report = &m
+			}
+			p.mu.Unlock()
+		}
+	}
+}
+
+// closeOnce closes a channel that only the calling goroutine ever closes.
+func closeOnce(c chan struct{}) {
+	select {
+	case <-c:
+	default:
+		close(c)
+	}
+}
+
+// sweep ends what a killed edge process left to this process, its subreaper. In a PID namespace the kernel has done so.
+func (p *Process) sweep() {
+	if p.pidns || p.userN == nil {
+		return
+	}
+	deadline := time.Now().Add(killGrace)
+	for time.Now().Before(deadline) {
+		orphans := ownOrphans(int(p.userN.Fd()))
+		if len(orphans) == 0 {
+			return
+		}
+		for _, o := range orphans {
+			killTree(o)
+		}
+		for _, o := range orphans {
+			reap(o, deadline)
+		}
+	}
+}
+
+// reap waits for a killed child. It does not wait without end: a process may hang inside the kernel.
+func reap(pid int, deadline time.Time) {
+	for d := 50 * time.Microsecond; ; d = min(2*d, 10*time.Millisecond) {
+		n, err := syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+		if n == pid || (err != nil && !errors.Is(err, syscall.EINTR)) || time.Now().After(deadline) {
+			return
+		}
+		time.Sleep(d)
+	}
+}
+
+func gone(err error) bool {
+	return errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.ENOTCONN) || isClosed(err)
+}
