@@ -1,0 +1,199 @@
+package stack
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"patchbay/frame"
+	"patchbay/internal/testbed"
+	"patchbay/internal/wire"
+	"patchbay/tap"
+)
+
+var (
+	gwMAC  = wire.MAC{0x02, 0x5e, 0x10, 0, 0, 1}
+	gw4    = netip.MustParseAddr("10.88.0.1")
+	gw6    = netip.MustParseAddr("fd00:88::1")
+	alias4 = netip.MustParseAddr("10.88.255.254")
+	alias6 = netip.MustParseAddr("fd00:88::fffe")
+	con4   = netip.MustParseAddr("10.88.0.2")
+	con6   = netip.MustParseAddr("fd00:88::2")
+	far4   = netip.MustParseAddr("192.0.2.7") // an address of the world, for tests that answer themselves
+	far6   = netip.MustParseAddr("2001:db8::7")
+)
+
+func testConfig() Config {
+	return Config{
+		MAC:         gwMAC,
+		Addrs:       []netip.Prefix{netip.PrefixFrom(gw4, 16), netip.PrefixFrom(gw6, 64)},
+		HostAliases: []netip.Addr{alias4, alias6},
+	}
+}
+
+// world is a gateway with one container, a real kernel behind a TAP, and no switch between them.
+//
+//	[container] eth0 10.88.0.2 fd00:88::2 ── tap.Device ── Gateway 10.88.0.1 fd00:88::1
+type world struct {
+	*testbed.NS
+	gw  *Gateway
+	dev *tap.Device
+}
+
+// toGateway is the sink of the TAP's reader.
+type toGateway struct{ gw *Gateway }
+
+func (s toGateway) Forward(fs []frame.Frame) { s.gw.Transmit(fs) }
+
+// toDevice is the sink of the gateway.
+type toDevice struct{ dev *tap.Device }
+
+func (s toDevice) Forward(fs []frame.Frame) { s.dev.Transmit(fs) }
+
+func newWorld(t testing.TB, cfg Config, open tap.OpenConfig) *world {
+	t.Helper()
+	testbed.RequireTUN(t)
+	w := &world{NS: testbed.NewNS(t, "container")}
+	var h *tap.Handle
+	var err error
+	open.Name = "eth0"
+	w.Do(func() {
+		if h, err = tap.Open(open); err == nil {
+			_, err = h.Configure(tap.IfConfig{
+				MTU:   cfg.MTU,
+				Addrs: []netip.Prefix{netip.PrefixFrom(con4, 16), netip.PrefixFrom(con6, 64)},
+				Routes: []tap.Route{
+					{Dst: netip.MustParsePrefix("0.0.0.0/0"), Via: gw4},
+					{Dst: netip.MustParsePrefix("::/0"), Via: gw6},
+				},
+			})
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w.dev, err = tap.New(tap.Config{Info: h.Info, FDs: h.FDs}); err != nil {
+		t.Fatal(err)
+	}
+	if w.gw, err = New(cfg); err != nil {
+		t.Fatal(err)
+	}
+	w.gw.Connect(func() frame.Sink { return toDevice{w.dev} })
+	var wg sync.WaitGroup
+	for q := range w.dev.Queues() {
+		wg.Go(func() {
+			if err := w.dev.Serve(context.Background(), q, toGateway{w.gw}); err != nil && !errors.Is(err, tap.ErrGone) {
+				t.Errorf("serve: %v", err)
+			}
+		})
+	}
+	t.Cleanup(func() {
+		w.dev.Close()
+		wg.Wait()
+		w.gw.Close()
+	})
+	return w
+}
+
+// tcpFunc is a TCPHandler.
+type tcpFunc func(TCPRequest)
+
+func (f tcpFunc) HandleTCP(r TCPRequest) { f(r) }
+
+// accepting runs serve on every connection.
+func accepting(serve func(Conn)) TCPHandler {
+	return tcpFunc(func(r TCPRequest) {
+		go func() {
+			c, err := r.Accept()
+			if err != nil {
+				return
+			}
+			serve(c)
+		}()
+	})
+}
+
+// natHandler carries connections to the host alias over to the loopback of the namespace the test is in, the way package nat does.
+type natHandler struct{ try bool }
+
+type hostWriter struct{ c *net.TCPConn }
+
+func (w hostWriter) Write(b []byte) (int, error) { return w.c.Write(b) }
+
+func (w hostWriter) TryWrite(b []byte) (n int, err error) {
+	raw, err := w.c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	werr := raw.Write(func(fd uintptr) bool {
+		n, err = syscall.Write(int(fd), b)
+		return true
+	})
+	if n < 0 {
+		n = 0
+	}
+	if err == syscall.EAGAIN {
+		err = nil
+	}
+	return n, errors.Join(err, werr)
+}
+
+func (h natHandler) HandleTCP(r TCPRequest) {
+	go func() {
+		to := r.Dst()
+		switch to.Addr() {
+		case alias4:
+			to = netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), to.Port())
+		case alias6:
+			to = netip.AddrPortFrom(netip.MustParseAddr("::1"), to.Port())
+		}
+		hc, err := net.DialTimeout("tcp", to.String(), 5*time.Second)
+		switch {
+		case errors.Is(err, syscall.ECONNREFUSED):
+			r.Refuse()
+			return
+		case err != nil:
+			r.Unreachable(UnreachHost)
+			return
+		}
+		host := hc.(*net.TCPConn)
+		c, err := r.Accept()
+		if err != nil {
+			host.Close()
+			return
+		}
+		h.join(c, host)
+	}()
+}
+
+func (h natHandler) join(c Conn, host *net.TCPConn) {
+	var wg sync.WaitGroup
+	abort := func() {
+		c.Reset()
+		host.SetLinger(0)
+		host.Close()
+	}
+	wg.Go(func() {
+		if _, err := c.ReadFrom(host); err != nil || c.CloseWrite() != nil {
+			abort()
+		}
+	})
+	var w io.Writer = struct{ io.Writer }{host}
+	if h.try {
+		w = hostWriter{host}
+	}
+	if _, err := c.WriteTo(w); err != nil {
+		abort()
+	} else {
+		host.CloseWrite()
+	}
+	wg.Wait()
+	c.Close()
+	host.Close()
+}
