@@ -102,15 +102,15 @@ func (e *edgeProc) start() error {
 // forkExec starts a child with the signal mask and the ignored signals that the parent was started with.
 func (e *edgeProc) forkExec(path string, argv, env []string) (int, error) {
 	for s := syscall.Signal(1); s <= 64; s++ {
-		if e.spec.Ignored&bit(s) != 0 {
+		if e.spec.Ignored&bit(s) != 0 && !signal.Ignored(s) {
 			signal.Ignore(s)
 		}
 	}
 	// A child gets the mask of the thread that forks. While this thread has COMMAND's mask, a signal to the process group can be
-	// delivered to it; caught, it does no harm.
-	ch := make(chan os.Signal, 64)
-	for _, s := range relayed() {
-		if e.spec.Ignored&bit(s.(syscall.Signal)) == 0 {
+	// delivered to it: caught, those that the runtime would die of do no harm.
+	ch := make(chan os.Signal, 16)
+	for _, s := range []syscall.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM} {
+		if e.spec.Ignored&bit(s) == 0 {
 			signal.Notify(ch, s)
 		}
 	}

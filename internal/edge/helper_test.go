@@ -92,4 +92,3 @@ func run(t testing.TB, spec Spec) *exec.Cmd {
 func sh(script string, args ...string) []string {
 	return append([]string{"/bin/sh", "-c", script, "sh"}, args...)
 }
-

@@ -72,7 +72,8 @@ func Start(ctx context.Context, spec Spec, std Stdio) (*Process, error) {
 	if err != nil {
 		return nil, failed("socketpair for the edge process: %w", err)
 	}
-	defer unix.Close(sp[1])
+	sock := os.NewFile(uintptr(sp[1]), "edge") // closes once, however often it is told to
+	defer sock.Close()
 	specFD, err := specFile(&w)
 	if err != nil {
 		unix.Close(sp[0])
@@ -98,8 +99,7 @@ func Start(ctx context.Context, spec Spec, std Stdio) (*Process, error) {
 		l.Close()
 		return nil, err
 	}
-	unix.Close(sp[1])
-	sp[1] = -1
+	sock.Close()
 	p.userN, _ = os.Open(fmt.Sprintf("/proc/%d/ns/user", p.pid))
 	stop := context.AfterFunc(ctx, func() { p.kill() })
 	err = p.takeDevices(len(spec.Interfaces))
