@@ -1,6 +1,7 @@
 package vswitch
 
 import (
+	"math"
 	"math/bits"
 	"sync"
 	"sync/atomic"
@@ -290,7 +291,7 @@ func (f *fdb) evict(now int64) {
 		}
 	}
 	t := f.tab.Load()
-	victim, age, sample := -1, int64(-1), 0
+	victim, age, sample := -1, int64(math.MinInt64), 0 // seen may be ahead of this caller's now
 	for range len(t.slots) {
 		f.hand = (f.hand + 1) & (len(t.slots) - 1)
 		s := &t.slots[f.hand]

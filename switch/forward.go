@@ -119,9 +119,9 @@ func (in *Ingress) classify(fs []frame.Frame) (uniform bool) {
 		case bind != nil && in.spoofed(bind, f):
 			v = verdictDropped
 		case known < 0 || [12]byte(f.Data) != last:
-			if v = in.verdict(f.Data, bind); v >= 0 {
-				last, known = [12]byte(f.Data), v
-			}
+			// Not beyond a frame of another pair: it may have moved an address.
+			v = in.verdict(f.Data, bind)
+			last, known = [12]byte(f.Data), v
 		}
 		if v == verdictFlood {
 			v = in.admitFlood()

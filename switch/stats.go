@@ -39,7 +39,7 @@ type Counters struct {
 }
 
 // Dropped is the sum of Drops.
-func (c *Counters) Dropped() (n uint64) {
+func (c Counters) Dropped() (n uint64) {
 	for _, d := range c.Drops {
 		n += d
 	}

@@ -163,10 +163,10 @@ func (s *Switch) RemovePort(id PortID) error {
 	for _, l := range s.ingresses {
 		all = append(all, l...)
 	}
-	delete(s.ingresses, id)
 	s.mu.Unlock()
 
-	// An Ingress makes busy odd before it loads the snapshot. One that is even now, or moves on, has loaded ours.
+	// An Ingress makes busy odd before it loads the snapshot. One that is even now, or moves on, has loaded ours. Those of p stay in the
+	// list until they have left too: a port that is removed meanwhile waits for them as well.
 	for _, in := range all {
 		in.wait()
 	}
@@ -174,6 +174,7 @@ func (s *Switch) RemovePort(id PortID) error {
 	// Only now does nobody learn on the index any more.
 	s.fdb.flush(p.idx, 0, true)
 	s.mu.Lock()
+	delete(s.ingresses, id)
 	s.free = append(s.free, p.idx)
 	s.gone.rx.add(&p.rx)
 	s.gone.tx.add(&p.tx)
@@ -208,8 +209,10 @@ func (s *Switch) Ingress(id PortID) *Ingress {
 	return in
 }
 
-// Close gives the Ingress up. It must not be used afterwards. A port's remaining ones go with the port.
+// Close gives the Ingress up, when a Forward under way is over; it must not be called from inside one, and Forward must not be called
+// afterwards. A port's remaining ones go with the port.
 func (in *Ingress) Close() {
+	in.wait()
 	s := in.s
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,11 +1,11 @@
 package vswitch_test
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -429,7 +429,7 @@ func TestStormLimit(t *testing.T) {
 	for range 30 {
 		b.send(0, eth(wire.Broadcast, mac(0), "b"), eth(mac(7), mac(0), "u"), eth(mac(1), mac(0), "."))
 	}
-	b.want("", "bu.bu.bu.bu.bu."+string(make25()))
+	b.want("", "bu.bu.bu.bu.bu."+strings.Repeat(".", 25))
 	b.wantDrop(0, frame.DropStorm, 50)
 	b.now = b.now.Add(500 * time.Millisecond)
 	for range 30 {
@@ -437,14 +437,6 @@ func TestStormLimit(t *testing.T) {
 	}
 	b.want("", "bbbbb")
 	balance(t, b.s)
-}
-
-func make25() []byte {
-	b := make([]byte, 25)
-	for i := range b {
-		b[i] = '.'
-	}
-	return b
 }
 
 func TestRateLimit(t *testing.T) {
@@ -494,7 +486,7 @@ func TestFDBBound(t *testing.T) {
 	if err := b.s.AddStatic(b.ids[2], mac(9999)); !errors.Is(err, vswitch.ErrFull) {
 		t.Errorf("static entry too many: %v", err)
 	}
-	b.want("", func() (s string) { return }(), "")
+	b.want("", "", "")
 	b.send(0, eth(mac(9050), mac(1), "x"))
 	b.want("", "", "x")
 	if st := b.s.Stats(); st.MACs != 100 || st.StaticMACs != 100 {
@@ -567,5 +559,3 @@ func TestIngressOfTwoGoroutinesPanics(t *testing.T) {
 	}), none)
 	in.Forward([]frame.Frame{eth(wire.Broadcast, mac(1), "")})
 }
-
-var be = binary.BigEndian
