@@ -32,8 +32,9 @@ type conn struct {
 
 	rd, wr         chan struct{}
 	rdLine, wrLine deadline
-	inline         atomic.Bool // a goroutine is in process; it looks at ready when it is done
-	ready          atomic.Bool // there is something to read
+	inline         atomic.Int32 // goroutines in process; they look at ready when they are done
+	up             atomic.Bool  // ep is set
+	ready          atomic.Bool  // there is something to read
 	closed         atomic.Bool
 	reset          atomic.Bool
 	fate           atomic.Pointer[error] // what ended the connection; netstack tells that only once
@@ -50,8 +51,10 @@ func newConn(g *Gateway, key flowKey, local, remote netip.AddrPort) *conn {
 	return c
 }
 
-// setOptions is called once the endpoint exists.
-func (c *conn) setOptions() {
+// setEndpoint is called once the endpoint exists.
+func (c *conn) setEndpoint(ep *tcp.Endpoint) {
+	c.ep = ep
+	c.up.Store(true)
 	t := &c.g.cfg.TCP
 	if t.KeepAliveIdle > 0 {
 		idle := tcpip.KeepaliveIdleOption(t.KeepAliveIdle)
@@ -85,23 +88,15 @@ func (c *conn) endTimeWait() bool {
 func (c *conn) NotifyEvent(mask waiter.EventMask) {
 	if mask&(waiter.ReadableEvents|waiter.EventHUp|waiter.EventErr) != 0 {
 		c.ready.Store(true)
-		if !c.inline.Load() {
+		if c.inline.Load() == 0 {
 			wake(c.rd)
 		}
 	}
 	if mask&(waiter.WritableEvents|waiter.EventHUp|waiter.EventErr) != 0 {
 		wake(c.wr)
 	}
-	if mask&waiter.EventHUp != 0 && c.ep != nil && c.dead() {
+	if mask&waiter.EventHUp != 0 && c.up.Load() && c.dead() {
 		c.g.flows.remove(c)
-	}
-}
-
-// afterSegments follows netstack's processing of segments on the goroutine that read them.
-func (c *conn) afterSegments() {
-	c.inline.Store(false)
-	if c.ready.Load() {
-		wake(c.rd)
 	}
 }
 
@@ -181,9 +176,12 @@ func (c *conn) Read(p []byte) (int, error) {
 			c.ep.ModerateRecvBuf(res.Count)
 			return res.Count, nil
 		case *tcpip.ErrWouldBlock:
-		case *tcpip.ErrNotConnected:
-			if !c.connecting() {
+		case *tcpip.ErrNotConnected: // still shaking hands, or just not any more
+			if c.dead() {
 				return 0, c.errFor("read", err)
+			}
+			if !c.connecting() {
+				continue
 			}
 		default:
 			return 0, c.errFor("read", err)

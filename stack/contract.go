@@ -79,7 +79,7 @@ const (
 type Conn interface {
 	net.Conn
 	// WriteTo writes what arrives from the container to w until the container's FIN (nil) or an error. w is given each
-	// stretch of received bytes as it lies in the stack.
+	// stretch of received bytes as it lies in the stack. See TryWriter for a w that need not wake a goroutine.
 	io.WriterTo
 	// ReadFrom sends what r yields to the container until r's io.EOF (nil) or an error. It does not send a FIN.
 	io.ReaderFrom
@@ -87,6 +87,16 @@ type Conn interface {
 	CloseWrite() error
 	// Reset ends the connection with RST at once, whatever is still queued. Idempotent.
 	Reset()
+}
+
+// TryWriter is a writer that can say "not now". When the w of Conn.WriteTo is one, what arrives is given to TryWrite on the goroutine that read it off
+// the network, without waking another; only when TryWrite does not take everything is the rest written with Write, on the goroutine that called
+// WriteTo. The two are never called at the same time.
+type TryWriter interface {
+	io.Writer
+	// TryWrite takes as much of b as it can at once, n bytes; fewer than len(b) with a nil error means that Write would wait. It must not
+	// block, nor call methods of the Conn.
+	TryWrite(b []byte) (n int, err error)
 }
 
 // Network is what the services behind the gateway (nat, dns, dhcp) need of it. *Gateway implements it.

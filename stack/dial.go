@@ -32,7 +32,7 @@ func (g *Gateway) DialTCP(ctx context.Context, src, dst netip.AddrPort) (Conn, e
 	if terr != nil {
 		return nil, opError("dial", src, dst, errnoOf(terr))
 	}
-	c.ep = ep.(*tcp.Endpoint)
+	c.setEndpoint(ep.(*tcp.Endpoint))
 	// One client may talk to several published ports from one port of its own.
 	c.ep.SocketOptions().SetReuseAddress(true)
 	if terr := c.ep.Bind(tcpip.FullAddress{NIC: nicID, Addr: toAddress(src.Addr()), Port: src.Port()}); terr != nil {
@@ -44,7 +44,6 @@ func (g *Gateway) DialTCP(ctx context.Context, src, dst netip.AddrPort) (Conn, e
 	}
 	c.key = makeKey(c.local, dst)
 	c.id = c.key.id()
-	c.setOptions()
 	if o := g.flows.get(&c.key); o != nil && o.endTimeWait() {
 		g.flows.remove(o)
 	}

@@ -139,8 +139,7 @@ func (r *request) Accept() (Conn, error) {
 		g.pending.remove(r)
 		return nil, r.fail(errnoOf(terr))
 	}
-	c.ep = handshakeEndpoint(h)
-	c.setOptions()
+	c.setEndpoint(handshakeEndpoint(h))
 	if !g.flows.put(c) {
 		g.pending.remove(r)
 		c.Reset()

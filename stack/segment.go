@@ -177,7 +177,7 @@ func (g *Gateway) enqueue(c *conn, p *Packet) bool {
 
 // process runs netstack over the segments queued for c, on this goroutine, and then what the connection's user wants done with the result.
 func (g *Gateway) process(c *conn) {
-	c.inline.Store(true)
+	c.inline.Add(1)
 	run(c.ep)
 	c.afterSegments()
 }

@@ -120,7 +120,16 @@ func accepting(serve func(Conn)) TCPHandler {
 }
 
 // natHandler carries connections to the host alias over to the loopback of the namespace the test is in, the way package nat does.
-type natHandler struct{ try bool }
+type natHandler struct {
+	try  bool
+	logf func(format string, args ...any)
+}
+
+func (h natHandler) note(what string, err error) {
+	if h.logf != nil {
+		h.logf("%s: %v", what, err)
+	}
+}
 
 type hostWriter struct{ c *net.TCPConn }
 
@@ -165,6 +174,7 @@ func (h natHandler) HandleTCP(r TCPRequest) {
 		host := hc.(*net.TCPConn)
 		c, err := r.Accept()
 		if err != nil {
+			h.note("accept", err)
 			host.Close()
 			return
 		}
@@ -180,7 +190,12 @@ func (h natHandler) join(c Conn, host *net.TCPConn) {
 		host.Close()
 	}
 	wg.Go(func() {
-		if _, err := c.ReadFrom(host); err != nil || c.CloseWrite() != nil {
+		_, err := c.ReadFrom(host)
+		if err == nil {
+			err = c.CloseWrite()
+		}
+		if err != nil {
+			h.note("download", err)
 			abort()
 		}
 	})
@@ -189,6 +204,7 @@ func (h natHandler) join(c Conn, host *net.TCPConn) {
 		w = hostWriter{host}
 	}
 	if _, err := c.WriteTo(w); err != nil {
+		h.note("upload", err)
 		abort()
 	} else {
 		host.CloseWrite()
