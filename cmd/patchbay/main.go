@@ -1,0 +1,92 @@
+// Command patchbay gives containers a network without root. This package holds flags and wiring only; the work is done by the
+// packages below it, assembled in internal/node.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"patchbay/internal/edge"
+)
+
+// version is set by the Makefile.
+var version = "unknown"
+
+// Exit statuses of patchbay's own failures, as container tools use them. 126 and 127 come from the edge process.
+const exitOwnFailure = 125
+
+func main() {
+	// The re-exec'd process inside a container's namespaces never comes back from here.
+	edge.Main()
+	if err := newApp().Run(os.Args); err != nil {
+		os.Exit(report(err))
+	}
+}
+
+func newApp() *cli.App {
+	return &cli.App{
+		Name:                      "patchbay",
+		Usage:                     "a network for containers, without root",
+		UsageText:                 "patchbay COMMAND [OPTION...]\n\nExample:\n   patchbay run -p 8080:80 -- ./server",
+		Version:                   version,
+		HideVersion:               true,
+		HideHelpCommand:           true,
+		EnableBashCompletion:      true,
+		DisableSliceFlagSeparator: true, // a comma inside -p or --dns is the value's, not ours
+		UseShortOptionHandling:    false,
+		Suggest:                   true,
+		ExitErrHandler:            func(*cli.Context, error) {}, // main reports, once
+		OnUsageError:              usageError,
+		CommandNotFound: func(c *cli.Context, name string) {
+			fmt.Fprintf(os.Stderr, "patchbay: %q is not a command; see patchbay --help\n", name)
+			os.Exit(exitOwnFailure)
+		},
+		Commands: []*cli.Command{runCommand(), demoCommand(), loadCommand(), versionCommand(), completionCommand()},
+	}
+}
+
+// usageError is one line, and not the whole help behind an error that scrolls away.
+func usageError(c *cli.Context, err error, _ bool) error {
+	name := "patchbay"
+	if c.Command != nil && c.Command.Name != "" && c.Command.Name != "patchbay" {
+		name += " " + c.Command.Name
+	}
+	return fmt.Errorf("%s: %w; see %s --help", strings.TrimPrefix(name, "patchbay "), err, name)
+}
+
+// exitStatus is an error that has been reported, or needs no report, and carries the status to end with.
+type exitStatus int
+
+func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// report prints err as one line and returns the status to end with.
+func report(err error) int {
+	var status exitStatus
+	if errors.As(err, &status) {
+		return int(status)
+	}
+	msg := strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
+	fmt.Fprintln(os.Stderr, "patchbay: "+msg)
+	var edgeErr *edge.Error
+	if errors.As(err, &edgeErr) {
+		return edgeErr.Status
+	}
+	return exitOwnFailure
+}
+
+func versionCommand() *cli.Command {
+	return &cli.Command{
+		Name:         "version",
+		Usage:        "print the version",
+		UsageText:    "patchbay version",
+		OnUsageError: usageError,
+		Action: func(c *cli.Context) error {
+			fmt.Fprintln(c.App.Writer, "patchbay", version)
+			return nil
+		},
+	}
+}

@@ -1,0 +1,265 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+	"patchbay/internal/edge"
+	"patchbay/internal/node"
+	"patchbay/internal/wire"
+	"patchbay/ipam"
+	"patchbay/nat"
+)
+
+func runCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "run",
+		Usage: "run a command in a container network of its own",
+		UsageText: `patchbay run [OPTION...] [--] COMMAND [ARG...]
+
+Examples:
+   patchbay run -- curl http://example.test/
+   patchbay run -p 8080:80 -p 127.0.0.1:5300-5309:53/udp --name web -- ./server
+   patchbay run --host-loopback -- psql -h host.patchbay.internal
+   patchbay run --net none --pid -- sh`,
+		Description: `COMMAND runs as root of a new user namespace, with an interface eth0 on a private network whose gateway
+translates to the host's network. Its exit status is that of COMMAND, or 128 and the number of the signal that ended it; 125 is a
+failure of patchbay itself, 126 a COMMAND that cannot be executed, 127 one that is not found.`,
+		OnUsageError: usageError,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "name", Usage: "`NAME` that others on the network find it by, and its host name"},
+			&cli.StringFlag{Name: "hostname", Usage: "host `NAME` inside, when not --name"},
+			&cli.StringSliceFlag{Name: "publish", Aliases: []string{"p"}, Usage: "publish ports: `[HOSTIP:]HOSTPORT[-END]:PORT[-END][/tcp|/udp]`"},
+			&cli.StringFlag{Name: "net", Usage: "`MODE`: private (a network of its own), none (only lo), host (the host's network)", Value: "private"},
+			&cli.BoolFlag{Name: "pid", Usage: "give it a PID namespace too"},
+			&cli.BoolFlag{Name: "keep-id", Usage: "keep your user and group ids inside, instead of root"},
+			&cli.BoolFlag{Name: "host-loopback", Usage: "let host.patchbay.internal reach the host's 127.0.0.1 and ::1"},
+			&cli.BoolFlag{Name: "link-local", Usage: "let it reach link-local addresses such as 169.254.169.254 (cloud metadata)"},
+			&cli.StringSliceFlag{Name: "subnet", Usage: "the network's `CIDR`, one IPv4 and one IPv6 (default: such as no host route clashes with)"},
+			&cli.StringSliceFlag{Name: "ip", Usage: "its `ADDRESS` on the network"},
+			&cli.StringFlag{Name: "mac", Usage: "its `MAC` address"},
+			&cli.IntFlag{Name: "mtu", Usage: "the network's MTU in `BYTES`", Value: 1500},
+			&cli.StringSliceFlag{Name: "dns", Usage: "ask the resolver at `ADDRESS` instead of those in the host's /etc/resolv.conf"},
+			&cli.IntFlag{Name: "queues", Usage: "`N` TAP queues, each read by its own thread", Value: 1},
+			&cli.BoolFlag{Name: "plain-tap", Usage: "open the TAP without offloads, as where a sandbox refuses them"},
+			&cli.IntFlag{Name: "max-flows", Usage: "at most `N` TCP connections, and as many UDP flows, through NAT"},
+			&cli.IntFlag{Name: "max-dials", Usage: "at most `N` connections waiting for an answer"},
+			&cli.StringFlag{Name: "stats", Usage: "when it has ended, write ports, counters and drops as JSON to `FILE` (- for standard error)"},
+			&cli.StringFlag{Name: "profile", Usage: "write a CPU and a heap profile into `DIR`"},
+			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log state changes to standard error"},
+		},
+		Action: func(c *cli.Context) error {
+			if c.NArg() == 0 {
+				return errors.New("run: no command given; for example: patchbay run -- curl http://example.test/")
+			}
+			err := run(c)
+			var status exitStatus
+			if err != nil && !errors.As(err, &status) {
+				return fmt.Errorf("run: %w", err)
+			}
+			return err
+		},
+	}
+}
+
+// run starts the command in the mode asked for and returns how it ended.
+func run(c *cli.Context) error {
+	stopProfile, err := startProfile(c.String("profile"))
+	if err != nil {
+		return err
+	}
+	defer stopProfile()
+	spec, err := processSpec(c)
+	if err != nil {
+		return err
+	}
+	stdio := edge.Stdio{In: os.Stdin, Out: os.Stdout, Err: os.Stderr}
+	ctx, cancel := context.WithCancel(c.Context)
+	defer cancel()
+	if spec.Net != edge.NetPrivate {
+		if err := rejectPrivateFlags(c); err != nil {
+			return err
+		}
+		p, err := edge.Start(ctx, spec, stdio)
+		if err != nil {
+			return err
+		}
+		defer p.Close()
+		defer p.ForwardSignals()()
+		if err := p.Release(); err != nil {
+			return err
+		}
+		return wait(p)
+	}
+	cfg, err := networkConfig(c)
+	if err != nil {
+		return err
+	}
+	ctr, err := containerConfig(c, spec, stdio)
+	if err != nil {
+		return err
+	}
+	network, err := node.NewNetwork(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer network.Close()
+	container, err := network.Start(ctx, ctr)
+	if err != nil {
+		return err
+	}
+	err = wait(container)
+	if werr := writeStats(c.String("stats"), network); werr != nil {
+		fmt.Fprintln(os.Stderr, "patchbay: run:", werr)
+	}
+	return err
+}
+
+// wait returns how the command ended, as the error that main exits with.
+func wait(p interface{ Wait() (edge.Status, error) }) error {
+	st, err := p.Wait()
+	if err != nil {
+		return err
+	}
+	if code := st.ExitCode(); code != 0 {
+		return exitStatus(code)
+	}
+	return nil
+}
+
+// privateFlags make sense on a private network only.
+var privateFlags = []string{"publish", "host-loopback", "link-local", "subnet", "ip", "mac", "mtu", "dns", "queues", "plain-tap", "max-flows", "max-dials", "stats"}
+
+func rejectPrivateFlags(c *cli.Context) error {
+	for _, f := range privateFlags {
+		if c.IsSet(f) {
+			return fmt.Errorf("--%s has no meaning with --net %s; leave it out, or use --net private", f, c.String("net"))
+		}
+	}
+	return nil
+}
+
+func processSpec(c *cli.Context) (edge.Spec, error) {
+	mode := edge.Net(c.String("net"))
+	switch mode {
+	case edge.NetPrivate, edge.NetNone, edge.NetHost:
+	default:
+		return edge.Spec{}, fmt.Errorf("--net: mode %q is not known; use private, none or host", mode)
+	}
+	for _, f := range []string{"name", "hostname"} {
+		if c.IsSet(f) {
+			if err := node.CheckName(c.String(f)); err != nil {
+				return edge.Spec{}, fmt.Errorf("--%s: %w", f, err)
+			}
+		}
+	}
+	hostname := c.String("hostname")
+	if hostname == "" {
+		hostname = c.String("name")
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return edge.Spec{}, fmt.Errorf("working directory: %w", err)
+	}
+	return edge.Spec{Net: mode, PID: c.Bool("pid"), KeepID: c.Bool("keep-id"), Hostname: hostname, Argv: c.Args().Slice(), Env: os.Environ(), Dir: dir}, nil
+}
+
+func networkConfig(c *cli.Context) (node.NetworkConfig, error) {
+	cfg := node.NetworkConfig{
+		Name: "default", MTU: c.Int("mtu"), HostLoopback: c.Bool("host-loopback"), AllowLinkLocal: c.Bool("link-local"),
+		Limits: nat.Limits{
+			TCPFlows: c.Int("max-flows"), TCPFlowsPerContainer: c.Int("max-flows"), UDPFlows: c.Int("max-flows"), UDPFlowsPerContainer: c.Int("max-flows"),
+			HalfOpen: c.Int("max-dials"), HalfOpenPerContainer: c.Int("max-dials"),
+		},
+	}
+	for _, s := range c.StringSlice("subnet") {
+		p, err := ipam.ParseSubnet(s)
+		if err != nil {
+			return cfg, fmt.Errorf("--subnet: %w", err)
+		}
+		cfg.Subnets = append(cfg.Subnets, p)
+	}
+	for _, s := range c.StringSlice("dns") {
+		a, err := parseResolver(s)
+		if err != nil {
+			return cfg, fmt.Errorf("--dns: %w", err)
+		}
+		cfg.DNS = append(cfg.DNS, a)
+	}
+	for _, f := range []string{"max-flows", "max-dials", "queues"} {
+		if c.IsSet(f) && c.Int(f) < 1 {
+			return cfg, fmt.Errorf("--%s: %d is too few; use 1 or more", f, c.Int(f))
+		}
+	}
+	if c.Bool("verbose") {
+		cfg.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
+	}
+	return cfg, nil
+}
+
+// parseResolver reads ADDRESS or ADDRESS:PORT.
+func parseResolver(s string) (netip.AddrPort, error) {
+	if a, err := netip.ParseAddr(strings.Trim(s, "[]")); err == nil {
+		return netip.AddrPortFrom(a, 53), nil
+	}
+	if ap, err := netip.ParseAddrPort(s); err == nil && ap.Port() != 0 {
+		return ap, nil
+	}
+	return netip.AddrPort{}, fmt.Errorf("%q is not an address; use one such as 192.0.2.53 or [2001:db8::53]:5353", s)
+}
+
+func containerConfig(c *cli.Context, spec edge.Spec, stdio edge.Stdio) (node.ContainerConfig, error) {
+	cfg := node.ContainerConfig{
+		Name: c.String("name"), Hostname: spec.Hostname, Queues: c.Int("queues"), ForcePlain: c.Bool("plain-tap"), Process: spec, Stdio: stdio,
+		ForwardSignals: true,
+	}
+	for _, s := range c.StringSlice("publish") {
+		p, err := nat.ParseSpec(s)
+		if err != nil {
+			return cfg, fmt.Errorf("--publish: %w", err)
+		}
+		cfg.Publish = append(cfg.Publish, p)
+	}
+	for _, s := range c.StringSlice("ip") {
+		a, err := ipam.ParseIP(s)
+		if err != nil {
+			return cfg, fmt.Errorf("--ip: %w", err)
+		}
+		cfg.Addrs = append(cfg.Addrs, a)
+	}
+	if s := c.String("mac"); s != "" {
+		m, err := wire.ParseMAC(s)
+		if err != nil {
+			return cfg, fmt.Errorf("--mac: %w", err)
+		}
+		if m.IsGroup() || m.IsZero() {
+			return cfg, fmt.Errorf("--mac: %s is a group address or zero; use a unicast one, such as 02:00:5e:10:00:01", m)
+		}
+		cfg.MAC = m
+	}
+	return cfg, nil
+}
+
+// writeStats writes the network's state to file; - is standard error, so that it never mixes with the command's output.
+func writeStats(file string, network *node.Network) error {
+	if file == "" {
+		return nil
+	}
+	b, err := json.MarshalIndent(network.Status(), "", "  ")
+	if err != nil {
+		return err
+	}
+	b = append(b, '\n')
+	if file == "-" {
+		_, err = os.Stderr.Write(b)
+		return err
+	}
+	return os.WriteFile(file, b, 0o644)
+}

@@ -1,0 +1,79 @@
+package node
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+
+	"patchbay/internal/edge"
+	"patchbay/internal/wire"
+	"patchbay/nat"
+)
+
+// NetworkConfig describes a network. The zero value of every field but Name is its documented default.
+type NetworkConfig struct {
+	// Name is the network's DNS label.
+	Name string
+	// Subnets are at most one IPv4 and one IPv6 prefix. Default: one of each that no route of the host clashes with.
+	Subnets []netip.Prefix
+	// MTU in bytes of IP packet: 68 (IPv4) or 1280 (IPv6) to 65520. Default 1500.
+	MTU int
+	// HostLoopback lets containers reach the host's loopback as host.patchbay.internal.
+	HostLoopback bool
+	// AllowLinkLocal lets containers reach 169.254.0.0/16 and the clouds' metadata addresses.
+	AllowLinkLocal bool
+	// DNS are resolvers to ask instead of the host's resolv.conf.
+	DNS []netip.AddrPort
+	// Limits bound what containers can make grow.
+	Limits nat.Limits
+	// Logger gets state changes. Default: none.
+	Logger *slog.Logger
+}
+
+// ContainerConfig describes one container. The zero value of a field is its documented default.
+type ContainerConfig struct {
+	// Name is a DNS label, unique on the network. Default: one is made up from the first free number.
+	Name string
+	// Hostname inside. Default: Name.
+	Hostname string
+	// Addrs asks for addresses, at most one of each IP version. Default: the pool's next.
+	Addrs []netip.Addr
+	// MAC of the interface. Default: made from the IPv4 address, or at random.
+	MAC wire.MAC
+	// Publish are port specifications as nat.ParseSpec reads them.
+	Publish []nat.Spec
+	// Queues of the TAP. Default 1.
+	Queues int
+	// ForcePlain opens the TAP without a virtio header, as a sandbox that refuses it would.
+	ForcePlain bool
+	// Process is what to run, and how. Its Interfaces, ResolvConf, Hosts and Hostname are filled in here.
+	Process edge.Spec
+	// ForwardSignals passes the signals sent to this process on to the command. At most one container of a process can have it.
+	ForwardSignals bool
+	// Stdio are the command's standard streams.
+	Stdio edge.Stdio
+}
+
+// CheckName says whether s can name a network or a container: a DNS label (RFC 1123 §2.1), since that is how others find it.
+func CheckName(s string) error {
+	const want = "use 1 to 63 letters, digits and hyphens, not starting or ending with a hyphen"
+	if len(s) == 0 || len(s) > 63 || s[0] == '-' || s[len(s)-1] == '-' {
+		return fmt.Errorf("name %q is not a host name; %s", abbreviate(s), want)
+	}
+	for _, c := range []byte(strings.ToLower(s)) {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
+			return fmt.Errorf("name %q is not a host name; %s", abbreviate(s), want)
+		}
+	}
+	return nil
+}
+
+// abbreviate keeps an error on one line whatever was given.
+func abbreviate(s string) string {
+	const most = 70
+	if len(s) > most {
+		return s[:most] + "…"
+	}
+	return s
+}

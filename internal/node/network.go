@@ -1,0 +1,252 @@
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+
+	"patchbay/frame"
+	"patchbay/internal/dns"
+	"patchbay/internal/wire"
+	"patchbay/ipam"
+	"patchbay/nat"
+	"patchbay/stack"
+	vswitch "patchbay/switch"
+)
+
+// DefaultMTU is what containers expect: the jumbo MTUs that other tools need for speed break programs that trust them.
+const DefaultMTU = 1500
+
+// Network is one switch with a gateway and its services: one broadcast domain. See the package documentation.
+type Network struct {
+	cfg     NetworkConfig
+	log     *slog.Logger
+	subnets []netip.Prefix
+	pools   []*ipam.Pool // one a subnet
+	gwAddrs []netip.Addr
+
+	sw     *vswitch.Switch
+	gwPort vswitch.PortID
+	gw     *stack.Gateway
+	nat    *nat.NAT
+	dns    *dns.Server
+	drops  *frame.DropCounters // of the gateway and everything behind it
+
+	mu         sync.Mutex
+	closed     bool
+	serial     int // numbers the containers that were given no name
+	containers map[string]*Container
+
+	stopNAT context.CancelFunc
+	natDone chan error
+}
+
+// lateTCP and latePackets let the gateway, which wants its handlers when it is made, have handlers that want the gateway when they are made. They are filled in before the
+// gateway is connected to the switch, so before the first frame.
+type (
+	lateTCP     struct{ stack.TCPHandler }
+	latePackets struct{ stack.PacketHandler }
+)
+
+// NewNetwork makes a network and starts its services. The caller closes it. Nothing of the host is changed: its sockets are all the host sees of it.
+func NewNetwork(ctx context.Context, cfg NetworkConfig) (_ *Network, err error) {
+	if err := CheckName(cfg.Name); err != nil {
+		return nil, fmt.Errorf("network: %w", err)
+	}
+	if cfg.MTU == 0 {
+		cfg.MTU = DefaultMTU
+	}
+	n := &Network{cfg: cfg, log: cfg.Logger, containers: make(map[string]*Container), drops: new(frame.DropCounters)}
+	if n.log == nil {
+		n.log = slog.New(slog.DiscardHandler)
+	}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("network %q: %w", cfg.Name, err)
+			n.Close()
+		}
+	}()
+	if err := n.openPools(ctx); err != nil {
+		return nil, err
+	}
+	if err := n.openGateway(); err != nil {
+		return nil, err
+	}
+	n.sw = vswitch.New(vswitch.Config{})
+	n.gwPort, err = n.sw.AddPort(n.gw, vswitch.PortConfig{Name: "gateway", MAC: n.gw.MAC()})
+	if err != nil {
+		return nil, err
+	}
+	n.gw.Connect(func() frame.Sink { return n.sw.Ingress(n.gwPort) })
+	natCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	n.stopNAT, n.natDone = stop, make(chan error, 1)
+	go func() { n.natDone <- n.nat.Run(natCtx) }()
+	n.log.Info("network up", "network", cfg.Name, "subnets", n.subnets, "gateway", n.gwAddrs, "mtu", cfg.MTU)
+	return n, nil
+}
+
+// openPools settles the subnets: those asked for, checked against the host's routes, or such as clash with none.
+func (n *Network) openPools(ctx context.Context) error {
+	var host ipam.Host
+	n.subnets = n.cfg.Subnets
+	for i, p := range n.subnets {
+		for _, q := range n.subnets[:i] {
+			if p.Overlaps(q) {
+				return fmt.Errorf("subnets %s and %s overlap; give one of them another address", q, p)
+			}
+			if p.Addr().Is4() == q.Addr().Is4() {
+				return fmt.Errorf("subnets %s and %s are of the same IP version; a network has at most one of each", q, p)
+			}
+		}
+		if err := host.CheckSubnet(p); err != nil {
+			return err
+		}
+	}
+	if len(n.subnets) == 0 {
+		p4, err := host.ChooseSubnet()
+		if err != nil {
+			return err
+		}
+		n.subnets = append(n.subnets, p4)
+		if n.cfg.MTU >= 1280 {
+			p6, err := host.ChooseSubnet6(nil)
+			if err != nil {
+				return err
+			}
+			n.subnets = append(n.subnets, p6)
+		}
+	}
+	for _, p := range n.subnets {
+		pool, err := ipam.NewPool(ctx, ipam.PoolConfig{Name: n.cfg.Name, Prefix: p})
+		if err != nil {
+			return err
+		}
+		n.pools = append(n.pools, pool)
+		n.gwAddrs = append(n.gwAddrs, pool.Gateway())
+	}
+	return nil
+}
+
+// openGateway makes the gateway and what lives behind it.
+func (n *Network) openGateway() error {
+	mac, err := randomMAC()
+	if err != nil {
+		return err
+	}
+	c := stack.Config{MAC: mac, MTU: n.cfg.MTU, Drops: n.drops, Logger: n.log}
+	var aliases []netip.Addr
+	for _, p := range n.pools {
+		c.Addrs = append(c.Addrs, netip.PrefixFrom(p.Gateway(), p.Prefix().Bits()))
+		if a := p.HostAlias(); a.IsValid() {
+			aliases = append(aliases, a)
+		}
+		if p.Gateway().Is6() {
+			c.RA.RDNSS = append(c.RA.RDNSS, p.Gateway())
+		}
+	}
+	c.HostAliases = aliases
+	c.RA.DNSSL = []string{dns.SearchDomain(n.cfg.Name)}
+	var tcp lateTCP
+	var udp, icmp, names latePackets
+	c.Handlers = stack.Handlers{TCP: &tcp, UDP: &udp, ICMP: &icmp, LocalUDP: map[uint16]stack.PacketHandler{53: &names}}
+	if n.gw, err = stack.New(c); err != nil {
+		return err
+	}
+	n.nat, err = nat.New(nat.Config{
+		Network: n.gw, Subnets: n.subnets, HostLoopback: n.cfg.HostLoopback, AllowLinkLocal: n.cfg.AllowLinkLocal, Limits: n.cfg.Limits,
+		Drops: n.drops, Logger: n.log,
+	})
+	if err != nil {
+		return err
+	}
+	if n.dns, err = dns.New(dns.Config{Network: n.gw, Upstreams: n.cfg.DNS, Drops: n.drops, Logger: n.log}); err != nil {
+		return err
+	}
+	n.publishZone()
+	udp.PacketHandler, icmp.PacketHandler, names.PacketHandler = n.nat.UDP(), n.nat.ICMP(), n.dns
+	tcp.TCPHandler = &router{network: n}
+	return nil
+}
+
+// router sorts connections: to the gateway's own addresses they are for its services, all others are NAT's.
+type router struct{ network *Network }
+
+// HandleTCP implements stack.TCPHandler.
+func (r *router) HandleTCP(req stack.TCPRequest) {
+	n := r.network
+	dst := req.Dst()
+	if a := dst.Addr(); a != n.gw.Addr(4) && a != n.gw.Addr(6) {
+		n.nat.HandleTCP(req)
+		return
+	}
+	if dst.Port() == 53 {
+		n.dns.HandleTCP(req)
+		return
+	}
+	req.Refuse()
+}
+
+// publishZone gives the resolver the names as they are now. n.mu is held, or nobody else knows n yet.
+func (n *Network) publishZone() {
+	z := dns.Zone{Network: n.cfg.Name, Subnets: n.subnets, Gateway: n.gwAddrs}
+	for _, p := range n.pools {
+		if a := p.HostAlias(); a.IsValid() {
+			z.HostAlias = append(z.HostAlias, a)
+		}
+	}
+	for _, c := range n.containers {
+		if c.plugged {
+			z.Hosts = append(z.Hosts, dns.Host{Name: c.name, Addrs: c.addrs})
+		}
+	}
+	n.dns.SetZone(&z)
+}
+
+// Close ends every container and the network. Idempotent; it returns when nothing is left.
+func (n *Network) Close() error {
+	n.mu.Lock()
+	n.closed = true
+	var left []*Container
+	for _, c := range n.containers {
+		left = append(left, c)
+	}
+	n.mu.Unlock()
+	var errs []error
+	for _, c := range left {
+		errs = append(errs, c.Close())
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.stopNAT != nil {
+		n.stopNAT()
+		errs = append(errs, <-n.natDone)
+		n.stopNAT = nil
+	}
+	if n.nat != nil {
+		errs = append(errs, n.nat.Close())
+	}
+	if n.dns != nil {
+		errs = append(errs, n.dns.Close())
+	}
+	if n.sw != nil && n.gwPort != 0 {
+		errs = append(errs, n.sw.RemovePort(n.gwPort))
+		n.gwPort = 0
+	}
+	if n.gw != nil {
+		errs = append(errs, n.gw.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// randomMAC is a unicast, locally administered address (IEEE 802 §8.2).
+func randomMAC() (m wire.MAC, err error) {
+	if _, err := rand.Read(m[:]); err != nil {
+		return m, fmt.Errorf("random MAC: %w", err)
+	}
+	m[0] = m[0]&^1 | 2
+	return m, nil
+}

@@ -1,0 +1,104 @@
+package node
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"patchbay/frame"
+	"patchbay/internal/wire"
+	"patchbay/nat"
+	vswitch "patchbay/switch"
+)
+
+// Status is a picture of a network at one moment, as people and JSON see it.
+type Status struct {
+	Name       string            `json:"name"`
+	Subnets    []netip.Prefix    `json:"subnets"`
+	Gateway    []netip.Addr      `json:"gateway"`
+	MTU        int               `json:"mtu"`
+	Containers []ContainerStatus `json:"containers"`
+	Ports      []PortStatus      `json:"ports"`
+	FDB        []FDBEntry        `json:"fdb"`
+	NAT        nat.Stats         `json:"nat"`
+	Drops      []DropStatus      `json:"drops"`
+}
+
+// ContainerStatus is one attachment.
+type ContainerStatus struct {
+	Name  string        `json:"name"`
+	MAC   wire.MAC      `json:"mac"`
+	Addrs []netip.Addr  `json:"addrs"`
+	Caps  frame.Caps    `json:"caps"`
+	Up    time.Duration `json:"up"`
+}
+
+// PortStatus is one port's counters, seen from the switch: rx is what it received from the port.
+type PortStatus struct {
+	Name     string `json:"name"`
+	RxFrames uint64 `json:"rxFrames"`
+	RxBytes  uint64 `json:"rxBytes"`
+	TxFrames uint64 `json:"txFrames"`
+	TxBytes  uint64 `json:"txBytes"`
+	Unicast  uint64 `json:"unicast"` // received and sent on to one port
+	Flooded  uint64 `json:"flooded"` // received and sent on to all others
+	Dropped  uint64 `json:"dropped"` // received and not sent on
+}
+
+// FDBEntry is a MAC the switch knows.
+type FDBEntry struct {
+	MAC    wire.MAC      `json:"mac"`
+	Port   string        `json:"port"`
+	Age    time.Duration `json:"age"`
+	Static bool          `json:"static"`
+}
+
+// DropStatus is one reason with its count over the whole network: ports, devices, the gateway and NAT.
+type DropStatus struct {
+	Reason  string `json:"reason"`
+	Count   uint64 `json:"count"`
+	Meaning string `json:"meaning"`
+}
+
+// Status takes a picture. Counters go on meanwhile.
+func (n *Network) Status() Status {
+	st := Status{Name: n.cfg.Name, Subnets: n.subnets, Gateway: n.gwAddrs, MTU: n.cfg.MTU, NAT: n.nat.Stats()}
+	var drops [frame.NumDrops]uint64
+	count := func(d frame.Drop, c uint64) { drops[d] += c }
+	n.drops.Each(count)
+	n.mu.Lock()
+	for _, c := range n.containers {
+		if c.plugged {
+			st.Containers = append(st.Containers, ContainerStatus{Name: c.name, MAC: c.mac, Addrs: c.addrs, Caps: c.device.Caps(), Up: time.Since(c.started)})
+			c.device.Drops().Each(count)
+		}
+	}
+	n.mu.Unlock()
+	slices.SortFunc(st.Containers, func(a, b ContainerStatus) int { return a.Addrs[0].Compare(b.Addrs[0]) })
+	n.switchStatus(&st, count)
+	for d, c := range drops {
+		if c > 0 {
+			st.Drops = append(st.Drops, DropStatus{Reason: frame.Drop(d).String(), Count: c, Meaning: frame.Drop(d).Meaning()})
+		}
+	}
+	return st
+}
+
+// switchStatus adds what the switch knows.
+func (n *Network) switchStatus(st *Status, count func(frame.Drop, uint64)) {
+	names := make(map[vswitch.PortID]string)
+	for _, p := range n.sw.Ports() {
+		names[p.ID] = p.Config.Name
+		s := p.Stats
+		st.Ports = append(st.Ports, PortStatus{
+			Name: p.Config.Name, RxFrames: s.RxFrames, RxBytes: s.RxBytes, TxFrames: s.TxFrames, TxBytes: s.TxBytes,
+			Unicast: s.Unicast, Flooded: s.Flooded, Dropped: s.Dropped(),
+		})
+	}
+	for d, c := range n.sw.Stats().Total.Drops {
+		count(d, c)
+	}
+	for _, e := range n.sw.FDB() {
+		st.FDB = append(st.FDB, FDBEntry{MAC: e.MAC, Port: names[e.Port], Age: e.Age, Static: e.Static})
+	}
+}
