@@ -1,5 +1,7 @@
 package wire
 
+import "encoding/binary"
+
 // Bounds on what a superframe from a container may ask for.
 const (
 	// MinTCPSegment is the smallest GSOSize of a TCP superframe in bytes: Linux's TCP_MIN_GSO_SIZE, the least MSS less the
@@ -51,20 +53,20 @@ func (h *VirtioNetHdr) Validate(data []byte) bool {
 		h.HdrLen, h.GSOSize = 0, 0
 		return h.GSOType == GSONone
 	}
-	p, ok := ParseIP(data[off:], false)
-	if !ok || (p.Version == 4) != (etherType == EtherTypeIPv4) {
+	p, ok := spanIP(data[off:], etherType)
+	if !ok {
 		return false
 	}
-	l4 := off + p.HdrLen
+	l4 := off + p.hdr
 	if h.GSOType != GSONone {
-		return h.validateGSO(data, &p, off)
+		return h.validateGSO(data, p, off)
 	}
 	h.HdrLen, h.GSOSize = 0, 0
-	if start+field+2 > off+p.Len {
+	if start+field+2 > off+p.total {
 		return false
 	}
-	if start == l4 && !p.IsFragment() {
-		if want, known := ChecksumOff(p.Proto); known {
+	if start == l4 && !p.frag {
+		if want, known := ChecksumOff(p.proto); known {
 			return field == want
 		}
 		return true
@@ -74,32 +76,35 @@ func (h *VirtioNetHdr) Validate(data []byte) bool {
 }
 
 // validateGSO is Validate for superframes. p is the packet at data[off:].
-func (h *VirtioNetHdr) validateGSO(data []byte, p *IP, off int) bool {
-	l4 := off + p.HdrLen
-	if p.IsFragment() || off+p.Len != len(data) || int(h.CsumStart) != l4 || h.GSOSize == 0 {
+func (h *VirtioNetHdr) validateGSO(data []byte, p ipSpan, off int) bool {
+	l4 := off + p.hdr
+	if p.frag || off+p.total != len(data) || int(h.CsumStart) != l4 || h.GSOSize == 0 {
 		return false
 	}
 	seg := data[l4:]
 	size := int(h.GSOSize)
 	switch h.GSO() {
 	case GSOTCPv4, GSOTCPv6:
-		if (h.GSO() == GSOTCPv4) != (p.Version == 4) || p.Proto != ProtoTCP || h.CsumOffset != TCPChecksumOff {
+		if (h.GSO() == GSOTCPv4) != p.v4 || p.proto != ProtoTCP || h.CsumOffset != TCPChecksumOff {
 			return false
 		}
-		t, ok := ParseTCP(seg)
-		if !ok {
+		if len(seg) < TCPLen {
 			return false
 		}
-		if len(seg)-t.HdrLen <= size {
+		hdr := int(seg[12]>>4) * 4
+		if hdr < TCPLen || hdr > len(seg) {
+			return false
+		}
+		if len(seg)-hdr <= size {
 			break
 		}
-		if size < MinTCPSegment || t.Flags&(TCPSyn|TCPRst) != 0 {
+		if size < MinTCPSegment || seg[13]&(TCPSyn|TCPRst) != 0 {
 			return false
 		}
-		h.HdrLen = uint16(l4 + t.HdrLen)
+		h.HdrLen = uint16(l4 + hdr)
 		return h.HdrLen <= MaxHeaders
 	case GSOUDPL4:
-		if h.GSOType != GSOUDPL4 || p.Proto != ProtoUDP || h.CsumOffset != UDPChecksumOff {
+		if h.GSOType != GSOUDPL4 || p.proto != ProtoUDP || h.CsumOffset != UDPChecksumOff {
 			return false
 		}
 		u, ok := ParseUDP(seg)
@@ -119,6 +124,37 @@ func (h *VirtioNetHdr) validateGSO(data []byte, p *IP, off int) bool {
 	}
 	h.GSOType, h.GSOSize, h.HdrLen = GSONone, 0, 0
 	return true
+}
+
+// ipSpan is as much of IP as Validate asks for: it runs for nearly every frame that Linux sends, and IP has addresses.
+type ipSpan struct {
+	hdr, total int
+	proto      uint8
+	v4, frag   bool
+}
+
+// spanIP accepts what ParseIP accepts of the packet at the start of b, if its version is the one that etherType says.
+func spanIP(b []byte, etherType uint16) (p ipSpan, ok bool) {
+	if etherType == EtherTypeIPv4 {
+		if len(b) < IPv4Len || b[0]>>4 != 4 {
+			return p, false
+		}
+		p = ipSpan{
+			hdr: int(b[0]&0xf) * 4, total: int(binary.BigEndian.Uint16(b[2:])), proto: b[9],
+			v4: true, frag: binary.BigEndian.Uint16(b[6:])&0x3fff != 0,
+		}
+		return p, p.hdr >= IPv4Len && p.total >= p.hdr && p.total <= len(b) && Fold(Sum(b[:p.hdr], 0)) == 0xffff
+	}
+	if len(b) < IPv6Len || b[0]>>4 != 6 {
+		return p, false
+	}
+	switch b[6] {
+	case ProtoTCP, ProtoUDP, ProtoICMPv6:
+		p = ipSpan{hdr: IPv6Len, total: IPv6Len + int(binary.BigEndian.Uint16(b[4:])), proto: b[6]}
+		return p, p.total <= len(b)
+	}
+	ip, ok := parseIPv6(b, false)
+	return ipSpan{hdr: ip.HdrLen, total: ip.Len, proto: ip.Proto, frag: ip.IsFragment()}, ok
 }
 
 // UnfinishedL4 reports whether the checksum that h leaves to be finished is that of the transport header at offset l4 of the frame. It is false

@@ -243,6 +243,31 @@ func checkValid(t *testing.T, h *VirtioNetHdr, data []byte) {
 	}
 }
 
+// spanIP is a second reading of the IP header: it must never disagree with ParseIP.
+func FuzzSpanIP(f *testing.F) {
+	f.Add(v4(ProtoUDP, []byte("12345678abc")), true)
+	f.Add(v6(ProtoUDP, []byte("12345678abc"), nil), false)
+	f.Add(v6(ProtoUDP, []byte("12345678abc"), []uint8{extHopByHop, extFragment}, make([]byte, 8), make([]byte, 8)), false)
+	f.Add(v6(44, make([]byte, 8), nil), false)
+	f.Fuzz(func(t *testing.T, b []byte, mend bool) {
+		if mend && len(b) >= IPv4Len {
+			b = bytes.Clone(b)
+			b[10], b[11] = 0, 0
+			binary.BigEndian.PutUint16(b[10:], ^Fold(Sum(b[:min(len(b), int(b[0]&15)*4)], 0)))
+		}
+		p, ok := ParseIP(b, false)
+		for _, et := range []uint16{EtherTypeIPv4, EtherTypeIPv6} {
+			s, sok := spanIP(b, et)
+			if sok != (ok && (p.Version == 4) == (et == EtherTypeIPv4)) {
+				t.Fatalf("spanIP %v, ParseIP %v", sok, ok)
+			}
+			if want := (ipSpan{p.HdrLen, p.Len, p.Proto, p.Version == 4, p.IsFragment()}); sok && s != want {
+				t.Fatalf("spanIP %+v, ParseIP %+v", s, want)
+			}
+		}
+	})
+}
+
 func TestParsersDoNotAllocate(t *testing.T) {
 	big := eth(v4(ProtoTCP, tcpSeg(4000, TCPAck)))
 	nd := make([]byte, NDNeighborLen)
