@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/signal"
 	"strings"
 	"sync"
 	"syscall"
@@ -99,34 +98,17 @@ func (e *edgeProc) start() error {
 	return e.link.send(message{Kind: msgStarted, PID: pid})
 }
 
-// forkExec starts a child with the signal mask and the ignored signals that the parent was started with.
+// forkExec starts a child with the signal mask that the parent was started with: a child gets the mask of the thread that forks.
+// Signals that this process ignores stay ignored, all others are at their default.
 func (e *edgeProc) forkExec(path string, argv, env []string) (int, error) {
-	for s := syscall.Signal(1); s <= 64; s++ {
-		if e.spec.Ignored&bit(s) != 0 && !signal.Ignored(s) {
-			signal.Ignore(s)
-		}
-	}
-	// A child gets the mask of the thread that forks. While this thread has COMMAND's mask, a signal to the process group can be
-	// delivered to it: caught, those that the runtime would die of do no harm.
-	ch := make(chan os.Signal, 16)
-	for _, s := range []syscall.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM} {
-		if e.spec.Ignored&bit(s) == 0 {
-			signal.Notify(ch, s)
-		}
-	}
 	var mask, old unix.Sigset_t
 	mask.Val[0] = e.spec.SigMask
 	_ = unix.PthreadSigmask(unix.SIG_SETMASK, &mask, &old)
-	pid, err := syscall.ForkExec(path, argv, &syscall.ProcAttr{
+	defer unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
+	return syscall.ForkExec(path, argv, &syscall.ProcAttr{
 		Env: env, Files: []uintptr{0, 1, 2},
 		Sys: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
 	})
-	_ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
-	signal.Stop(ch)
-	for len(ch) > 0 {
-		e.own.caught((<-ch).(syscall.Signal))
-	}
-	return pid, err
 }
 
 // attend waits for COMMAND and for the orphans this process inherits, and ends the container with COMMAND.
@@ -210,7 +192,7 @@ func killRest(reapAll func()) (left []int) {
 	}
 }
 
-// lookPath finds COMMAND as execvp(3) does: by itself if it has a slash, otherwise in PATH.
+// lookPath finds COMMAND as shells do: by itself if it has a slash, otherwise in PATH.
 func lookPath(name string, env []string) (string, error) {
 	if strings.Contains(name, "/") {
 		return name, nil
@@ -230,10 +212,7 @@ func lookPath(name string, env []string) (string, error) {
 		f := dir + "/" + name
 		fi, err := os.Stat(f)
 		if err != nil || fi.IsDir() {
-			if errors.Is(err, fs.ErrPermission) && denied == "" {
-				denied = f
-			}
-			continue
+			continue // a directory of PATH that may not be searched is one that is not there, as shells have it
 		}
 		if unix.Faccessat(unix.AT_FDCWD, f, unix.X_OK, unix.AT_EACCESS) == nil {
 			return f, nil

@@ -1,11 +1,16 @@
 package edge
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -92,3 +97,116 @@ func run(t testing.TB, spec Spec) *exec.Cmd {
 func sh(script string, args ...string) []string {
 	return append([]string{"/bin/sh", "-c", script, "sh"}, args...)
 }
+
+// finish runs cmd to its end, within ten seconds, and returns its exit status and what it wrote.
+func finish(t testing.TB, cmd *exec.Cmd) (code int, out string) {
+	t.Helper()
+	var b syncBuffer
+	if cmd.Stdout == nil {
+		cmd.Stdout = &b
+	}
+	if cmd.Stderr == nil {
+		cmd.Stderr = &b
+	}
+	cmd.WaitDelay = time.Second
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	timer := time.AfterFunc(10*time.Second, func() { cmd.Process.Kill() })
+	err := cmd.Wait()
+	if !timer.Stop() {
+		t.Fatalf("%v did not end; it wrote:\n%s", cmd.Args, b.String())
+	}
+	var ee *exec.ExitError
+	if err != nil && !errors.As(err, &ee) {
+		t.Fatal(err)
+	}
+	return cmd.ProcessState.ExitCode(), b.String()
+}
+
+// background is a run whose output a test waits for.
+type background struct {
+	t   testing.TB
+	cmd *exec.Cmd
+	out syncBuffer
+}
+
+func start(t testing.TB, cmd *exec.Cmd) *background {
+	t.Helper()
+	b := &background{t: t, cmd: cmd}
+	cmd.Stdout, cmd.Stderr = &b.out, &b.out
+	cmd.WaitDelay = time.Second
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	return b
+}
+
+// expect waits until the output has s, n times.
+func (b *background) expect(s string, n int) {
+	b.t.Helper()
+	if !testbed.Wait(5*time.Second, func() bool { return strings.Count(b.out.String(), s) >= n }) {
+		b.t.Fatalf("no %q, %d times, in:\n%s", s, n, b.out.String())
+	}
+}
+
+// edge is the id of the run's edge process.
+func (b *background) edge() int {
+	b.t.Helper()
+	var pid int
+	testbed.Eventually(b.t, 5*time.Second, func() bool {
+		for _, c := range children(b.cmd.Process.Pid) {
+			if name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", c)); string(name) == edgeArg0+"\n" {
+				pid = c
+			}
+		}
+		return pid != 0
+	})
+	return pid
+}
+
+func (b *background) wait() int {
+	b.t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- b.cmd.Wait() }()
+	select {
+	case <-done:
+		return b.cmd.ProcessState.ExitCode()
+	case <-time.After(10 * time.Second):
+		b.t.Fatalf("it does not end; it wrote:\n%s", b.out.String())
+		return 0
+	}
+}
+
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+// processes are those whose command line has mark, zombies left out.
+func processes(mark string) (out []int) {
+	ps, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, p := range ps {
+		if b, err := os.ReadFile(p); err == nil && strings.Contains(string(b), mark) {
+			pid, _ := strconv.Atoi(strings.Split(p, "/")[2])
+			out = append(out, pid)
+		}
+	}
+	return out
+}
+
+// edges are the edge processes that are alive.
+func edges() []int { return processes(edgeArg0 + "\x00") }

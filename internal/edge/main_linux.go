@@ -81,7 +81,7 @@ func (e *edgeProc) run(specFD int) error {
 		return err
 	}
 	var err error
-	if e.own, err = newOwnSignals(); err != nil {
+	if e.own, err = newOwnSignals(e.spec.Ignored); err != nil {
 		return failed("signalfd: %w", err)
 	}
 	e.command = &command{started: make(chan struct{})}

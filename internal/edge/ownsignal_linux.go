@@ -1,6 +1,8 @@
 package edge
 
 import (
+	"os"
+	"os/signal"
 	"sync"
 	"syscall"
 	"time"
@@ -12,12 +14,13 @@ import (
 // How a signal that the parent got is matched with one that this process got. The kernel signals the members of a process group one after
 // the other without a pause, so this process has it at the latest a moment after the parent had it; the parent's word may be late.
 const (
-	groupWait  = 5 * time.Millisecond  // for this process's own signal, behind the parent's word
+	groupWait  = 10 * time.Millisecond // for this process's own signal, behind the parent's word
 	groupKeep  = time.Second           // for the parent's word, behind the own signal
 	groupBurst = 20 * time.Millisecond // in which several words mean the same: the parent's signals do not merge as ours do
 )
 
-// ownSignals is what this process was sent itself. All signals are blocked in it and wait in a signalfd.
+// ownSignals is what this process was sent itself. Those that end a Go program are caught, since the runtime never blocks them; all
+// others are blocked and wait in a signalfd.
 type ownSignals struct {
 	mu   sync.Mutex
 	fd   int
@@ -28,7 +31,7 @@ type ownSignals struct {
 	}
 }
 
-func newOwnSignals() (*ownSignals, error) {
+func newOwnSignals(ignored uint64) (*ownSignals, error) {
 	var set unix.Sigset_t
 	for i := range set.Val {
 		set.Val[i] = ^set.Val[i]
@@ -41,7 +44,27 @@ func newOwnSignals() (*ownSignals, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &ownSignals{fd: fd}, nil
+	o := &ownSignals{fd: fd}
+	for s := syscall.Signal(1); s <= 64; s++ {
+		if ignored&bit(s) != 0 && !signal.Ignored(s) {
+			signal.Ignore(s)
+		}
+	}
+	ch := make(chan os.Signal, 64)
+	for _, s := range []syscall.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM} {
+		if ignored&bit(s) == 0 {
+			signal.Notify(ch, s)
+		}
+	}
+	go func() {
+		for s := range ch {
+			o.mu.Lock()
+			// There is no telling who sent it. These two rarely come from anything but a key when they come to the group.
+			o.note(s.(syscall.Signal), s == unix.SIGINT || s == unix.SIGQUIT)
+			o.mu.Unlock()
+		}
+	}()
+	return o, nil
 }
 
 // drain takes in what is pending. mu is held.
@@ -70,20 +93,13 @@ func (o *ownSignals) note(s syscall.Signal, terminal bool) {
 	x.at, x.terminal = time.Now(), terminal
 }
 
-// caught records a signal that arrived while it was not blocked.
-func (o *ownSignals) caught(s syscall.Signal) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.note(s, s == unix.SIGINT || s == unix.SIGQUIT || s == unix.SIGTSTP || s == unix.SIGWINCH)
-}
-
 // had reports whether this process got s along with the parent, and whether it came from the terminal.
 func (o *ownSignals) had(s syscall.Signal) (grouped, terminal bool) {
-	if grouped, terminal = o.match(s); grouped {
-		return grouped, terminal
+	for end := time.Now().Add(groupWait); ; time.Sleep(time.Millisecond) {
+		if grouped, terminal = o.match(s); grouped || time.Now().After(end) {
+			return grouped, terminal
+		}
 	}
-	time.Sleep(groupWait)
-	return o.match(s)
 }
 
 func (o *ownSignals) match(s syscall.Signal) (grouped, terminal bool) {

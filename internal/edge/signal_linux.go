@@ -39,9 +39,13 @@ func relayed() (out []os.Signal) {
 // Call it before Release, once at a time in a process.
 func (p *Process) ForwardSignals() (stop func()) {
 	var sigs []os.Signal
+	ignored := ignoredAtStart()
 	for _, s := range relayed() {
-		if !signal.Ignored(s) {
+		switch {
+		case ignored&bit(s.(syscall.Signal)) == 0:
 			sigs = append(sigs, s)
+		case !signal.Ignored(s):
+			signal.Ignore(s)
 		}
 	}
 	ch := make(chan os.Signal, 64)

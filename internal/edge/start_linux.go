@@ -155,7 +155,7 @@ func (p *Process) spawn(spec *Spec, std Stdio, sock, specFD int, died chan<- sys
 	go func() {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		// Every signal is blocked in the edge process from its first instruction; it reads them from a signalfd.
+		// Signals are blocked in the edge process from its first instruction, as far as Go's runtime lets them be; see ownSignals.
 		var all, old unix.Sigset_t
 		for i := range all.Val {
 			all.Val[i] = ^all.Val[i]
