@@ -99,6 +99,29 @@ func (p *poller) modify(fd int, events uint32) error {
 	return unix.EpollCtl(p.epfd, unix.EPOLL_CTL_MOD, fd, &ev)
 }
 
+// rewatch gives a registered fd to another handler and changes its events.
+func (p *poller) rewatch(fd int, events uint32, h pollHandler) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.freed || fd >= len(p.slots) || p.slots[fd].h == nil {
+		return errPollerClosed
+	}
+	p.gen++
+	p.slots[fd] = pollSlot{h: h, gen: p.gen}
+	ev := unix.EpollEvent{Events: events, Fd: int32(fd), Pad: int32(p.gen)}
+	return unix.EpollCtl(p.epfd, unix.EPOLL_CTL_MOD, fd, &ev)
+}
+
+// closing is for a caller that is about to close fd, which takes it out of the epoll set by itself and saves a system call. Its handler may still
+// be running on the loop when closing returns.
+func (p *poller) closing(fd int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if fd < len(p.slots) {
+		p.slots[fd] = pollSlot{}
+	}
+}
+
 // remove forgets fd. When it returns, fd's handler neither runs nor will run. It waits for a handler of fd that is running now, so it must not be
 // called from a handler of this poller (removeHere is for that), nor with a lock held that such a handler takes.
 func (p *poller) remove(fd int) { p.forget(fd, true) }

@@ -138,15 +138,7 @@ func (l *tcpListener) serve(fd int, client netip.AddrPort) {
 		return
 	}
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	f := t.newFlow(container, fd)
-	if f == nil {
-		t.halfOpen.give(container)
-		t.flows.give(container)
-		resetSock(fd)
-		unix.Close(fd)
-		return
-	}
-	go func() {
+	ok := t.spawn(func() {
 		ctx, cancel := context.WithTimeout(t.ctx, n.limits.DialTimeout)
 		conn, err := n.net.DialTCP(ctx, src, dst)
 		if errors.Is(err, unix.EADDRINUSE) && src.Port() != 0 {
@@ -155,8 +147,22 @@ func (l *tcpListener) serve(fd int, client netip.AddrPort) {
 		}
 		cancel()
 		t.halfOpen.give(container)
-		f.run(conn, err)
-	}()
+		if err != nil {
+			t.flows.give(container)
+			resetSock(fd)
+			unix.Close(fd)
+			return
+		}
+		if f := t.newFlow(container, fd, conn); f != nil {
+			f.start(false)
+		}
+	})
+	if !ok {
+		t.halfOpen.give(container)
+		t.flows.give(container)
+		resetSock(fd)
+		unix.Close(fd)
+	}
 }
 
 // shed takes one waiting client off listener and resets it, with the descriptor kept in reserve for this: the process has no other left, and

@@ -23,9 +23,10 @@ type tcpNAT struct {
 	closed  bool
 	live    map[*tcpFlow]struct{}
 	dialing dialList
-	wg      sync.WaitGroup // goroutines of established flows
+	wg      sync.WaitGroup // goroutines
 	bufs    bufPool
-	reserve int // a descriptor to give up when there is no other, or -1
+	loopBuf [smallBuf]byte // the loop's own
+	reserve int            // a descriptor to give up when there is no other, or -1
 
 	ctx  context.Context // ends with the NAT; for dials into the network
 	stop context.CancelFunc
@@ -79,7 +80,7 @@ func (n *NAT) HandleTCP(r stack.TCPRequest) {
 	}
 	if done {
 		t.halfOpen.give(src)
-		t.accept(r, fd)
+		t.accept(r, fd, false)
 		return
 	}
 	d := &tcpDial{t: t, r: r, fd: fd, deadline: n.now().Add(n.limits.DialTimeout)}
@@ -186,16 +187,16 @@ func (d *tcpDial) ready(uint32) {
 	if !t.unlist(d) {
 		return
 	}
-	t.n.streams.removeHere(d.fd)
 	src := d.r.Src().Addr()
 	t.halfOpen.give(src)
 	if err := sockErr(d.fd); err != nil {
+		t.n.streams.closing(d.fd)
 		unix.Close(d.fd)
 		t.flows.give(src)
 		t.n.answer(d.r, err)
 		return
 	}
-	t.accept(d.r, d.fd)
+	t.accept(d.r, d.fd, true)
 }
 
 // tick is the loop's periodic function.
@@ -246,20 +247,36 @@ func (t *tcpNAT) abandon(d *tcpDial, remove func(int)) {
 	d.r.Ignore()
 }
 
-// accept completes the container's handshake, now that the host's is complete, and runs the flow. It does not block.
-func (t *tcpNAT) accept(r stack.TCPRequest, fd int) {
-	f := t.newFlow(r.Src().Addr(), fd)
-	if f == nil {
-		t.flows.give(r.Src().Addr())
+// accept answers the container's SYN, now that the host has answered ours, and starts the flow. It does not block.
+func (t *tcpNAT) accept(r stack.TCPRequest, fd int, watched bool) {
+	conn, err := r.Accept()
+	if err != nil { // the container is gone, or the gateway is closed
+		if watched {
+			t.n.streams.closing(fd)
+		}
 		resetSock(fd)
 		unix.Close(fd)
-		r.Refuse()
+		t.flows.give(r.Src().Addr())
 		return
 	}
+	if f := t.newFlow(r.Src().Addr(), fd, conn); f != nil {
+		f.start(watched)
+	}
+}
+
+// spawn runs f on a goroutine that close waits for. After close it does nothing.
+func (t *tcpNAT) spawn(f func()) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return false
+	}
+	t.wg.Add(1)
 	go func() {
-		conn, err := r.Accept()
-		f.run(conn, err)
+		defer t.wg.Done()
+		f()
 	}()
+	return true
 }
 
 // close ends every connect and flow and waits for their goroutines.

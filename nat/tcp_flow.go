@@ -1,175 +1,333 @@
 package nat
 
 import (
-	"errors"
-	"io"
 	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"patchbay/stack"
 )
 
-// tcpFlow is one TCP connection of a container joined to one of the host.
+// tcpFlow is one TCP connection of a container joined to one of the host. It has no goroutine of its own while nothing is stuck:
+//
+//   - what the container sends is written to the host's socket on the goroutine that read it off the network (TryWrite), and where the socket is
+//     full, on the loop when it no longer is;
+//   - what the host sends is read and given to the container's connection on the loop, and where that is full, on a goroutine that lives until the host's
+//     socket is drained.
 //
 // Each direction ends by itself: a FIN is carried over as a FIN, and the flow ends when both have come. A reset, or an error of either side, ends both at once,
 // with a reset to the other side.
 type tcpFlow struct {
 	t         *tcpNAT
 	container netip.Addr
-	host      *hostSock
+	conn      asyncConn
 
-	mu      sync.Mutex
-	conn    stack.Conn // nil until the container's side is established
-	aborted bool
+	// rd and wr guard fd: against use after close, nothing more. They are held for one system call and never together with a lock of the stack
+	// being waited for: TryWrite is called with such a lock held. close takes both, in this order.
+	rd, wr sync.Mutex
+	fd     int
+	closed bool
+	outOn  bool // EPOLLOUT is asked for; under wr
 
-	busy  atomic.Bool  // bytes moved since the last sweep
-	left  atomic.Int32 // goroutines that are through
-	ended atomic.Int32 // directions that have ended: 1 or 2
-	quiet int          // sweeps without a byte; used by the sweep alone
-	kept  bool         // keepalive is on; used by the sweep alone
+	down  atomic.Int32 // who reads fd: downIdle and so on
+	ended atomic.Int32 // directions that have ended: 2 is the end
+	over  atomic.Bool  // taken off the books
+
+	busy   atomic.Bool // bytes moved since the last sweep
+	proven atomic.Bool // bytes moved at all, so the container's handshake is complete
+	quiet  int         // sweeps without a byte; used by the sweep alone
+	kept   bool        // keepalive is on; used by the sweep alone
 }
 
-// newFlow registers a flow for an established host socket, or returns nil when the NAT is closed. The caller holds a flows quota of the
-// container, which the flow gives back at its end, and must call run, once.
-func (t *tcpNAT) newFlow(container netip.Addr, fd int) *tcpFlow {
-	f := &tcpFlow{t: t, container: container, host: newHostSock(fd)}
+const (
+	downIdle  = iota // nobody; the next event starts it
+	downBusy         // the loop or a goroutine
+	downAgain        // the same, and an event came meanwhile
+	downDone         // nobody any more: the host's FIN has come
+)
+
+// flowEvents are what a flow's socket is watched for. Edge-triggered, so that nothing needs to be switched off while a goroutine reads. EPOLLOUT joins
+// them once the socket was full: before that it would be one useless wake-up for every connection.
+const flowEvents = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET&0xffffffff
+
+// newFlow registers a flow for an established host socket, or returns nil when the NAT is closed; the socket is closed then. The caller
+// holds a flows quota of the container, which the flow gives back at its end.
+func (t *tcpNAT) newFlow(container netip.Addr, fd int, conn stack.Conn) *tcpFlow {
+	f := &tcpFlow{t: t, container: container, fd: fd, conn: async(conn)}
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.closed {
-		return nil
+	if !t.closed {
+		t.live[f] = struct{}{}
+		first := len(t.live) == 1
+		t.mu.Unlock()
+		if first {
+			t.n.streams.armTick(sweepEvery)
+		}
+		return f
 	}
-	t.live[f] = struct{}{}
-	if len(t.live) == 1 {
-		t.n.streams.armTick(sweepEvery)
-	}
-	return f
+	t.mu.Unlock()
+	conn.Reset()
+	conn.Close()
+	resetSock(fd)
+	unix.Close(fd)
+	t.flows.give(container)
+	return nil
 }
 
-// run carries the flow until both directions have ended. conn is the container's side; err, if not nil, says why there is none.
-func (f *tcpFlow) run(conn stack.Conn, err error) {
+// start lets the bytes flow. watched says that the poller has the socket already.
+func (f *tcpFlow) start(watched bool) {
+	var err error
+	if watched {
+		err = f.t.n.streams.rewatch(f.fd, flowEvents, f)
+	} else {
+		err = f.t.n.streams.add(f.fd, flowEvents, f)
+	}
 	if err != nil {
-		f.host.reset()
-		f.done()
+		f.abort()
 		return
 	}
-	f.mu.Lock()
-	f.conn = conn
-	ok := !f.aborted && f.t.start()
-	f.mu.Unlock()
-	if !ok {
-		conn.Reset()
-		conn.Close()
-		f.host.reset()
-		f.done()
+	f.conn.Pump(f, f.containerEnd)
+}
+
+// finish closes both sides and takes the flow off the books. It does not wait. Idempotent.
+func (f *tcpFlow) finish(reset bool) {
+	if f.over.Swap(true) {
 		return
 	}
-	go func() {
-		f.download()
-		f.leave()
-	}()
-	f.upload()
-	f.leave()
-}
-
-// start counts the two goroutines of a flow, unless the NAT is closed.
-func (t *tcpNAT) start() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.closed {
-		return false
+	f.rd.Lock()
+	f.wr.Lock()
+	f.closed = true
+	f.t.n.streams.closing(f.fd)
+	if reset {
+		resetSock(f.fd)
 	}
-	t.wg.Add(2)
-	return true
-}
-
-// leave is called by each of the two goroutines at its end; the last one closes what is left and takes the flow off the books.
-func (f *tcpFlow) leave() {
-	if f.left.Add(1) == 2 {
-		f.conn.Close()
-		f.host.close()
-		f.done()
+	unix.Close(f.fd)
+	f.wr.Unlock()
+	f.rd.Unlock()
+	if reset {
+		f.conn.Reset()
 	}
-	f.t.wg.Done()
-}
-
-// done takes the flow off the books.
-func (f *tcpFlow) done() {
+	f.conn.Close()
 	f.t.mu.Lock()
 	delete(f.t.live, f)
 	f.t.mu.Unlock()
 	f.t.flows.give(f.container)
 }
 
-// abort ends the flow with a reset to both sides. It does not wait.
-func (f *tcpFlow) abort() {
-	f.mu.Lock()
-	f.aborted = true
-	conn := f.conn
-	f.mu.Unlock()
-	if conn != nil {
-		conn.Reset()
+// abort ends the flow with a reset to both sides.
+func (f *tcpFlow) abort() { f.finish(true) }
+
+// eof notes that a direction has ended with a FIN that was passed on. When both have, the flow ends.
+func (f *tcpFlow) eof() {
+	if f.ended.Add(1) == 2 {
+		f.finish(false)
 	}
-	f.host.reset()
 }
 
-// eof notes that a direction has ended with a FIN. When both have, the sockets are closed.
-func (f *tcpFlow) eof() (both bool) {
-	if f.ended.Add(1) < 2 {
-		return false
+// TryWrite writes what the container sent to the host's socket. It is called with locks of the stack held.
+func (f *tcpFlow) TryWrite(b []byte) (int, error) {
+	f.wr.Lock()
+	defer f.wr.Unlock()
+	if f.closed {
+		return 0, unix.EPIPE
 	}
-	f.host.close() // also ends a download that waits for a reset
-	return true
+	f.alive()
+	n, err := retry(unix.Write, f.fd, b)
+	if n == len(b) {
+		return n, nil
+	}
+	if err != nil && err != unix.EAGAIN {
+		return max(n, 0), err
+	}
+	if !f.outOn {
+		f.outOn = true
+		if err := f.t.n.streams.modify(f.fd, flowEvents|unix.EPOLLOUT); err != nil {
+			return max(n, 0), err
+		}
+	}
+	return max(n, 0), nil
 }
 
-// upload carries container → host.
-func (f *tcpFlow) upload() {
-	w := uploadWriter{f: f}
-	if _, err := f.conn.WriteTo(&w); err != nil {
+// alive notes that bytes moved. The flags are read first so that a busy flow's cores do not fight for their cache line.
+func (f *tcpFlow) alive() {
+	if !f.busy.Load() {
+		f.busy.Store(true)
+	}
+	if !f.proven.Load() {
+		f.proven.Store(true)
+	}
+}
+
+// containerEnd is called when the container has sent its FIN, and all before it is written (nil), or when either side failed.
+func (f *tcpFlow) containerEnd(err error) {
+	if err != nil {
 		f.abort()
 		return
 	}
-	f.host.closeWrite()
+	f.wr.Lock()
+	if !f.closed {
+		unix.Shutdown(f.fd, unix.SHUT_WR)
+	}
+	f.wr.Unlock()
 	f.eof()
 }
 
-// uploadWriter writes to the host's socket and notes that the flow is alive.
-type uploadWriter struct{ f *tcpFlow }
-
-func (w *uploadWriter) Write(b []byte) (int, error) {
-	w.f.busy.Store(true)
-	return w.f.host.file.Write(b)
+// ready is called on the loop when the host's socket has something, or room.
+func (f *tcpFlow) ready(events uint32) {
+	if events&unix.EPOLLOUT != 0 {
+		f.conn.Resume()
+	}
+	if events&^unix.EPOLLOUT == 0 {
+		return
+	}
+	for {
+		if f.down.CompareAndSwap(downIdle, downBusy) {
+			f.download(f.t.loopBuf[:], loopReads)
+			return
+		}
+		switch f.down.Load() {
+		case downBusy:
+			if f.down.CompareAndSwap(downBusy, downAgain) {
+				return
+			}
+		case downAgain:
+			return
+		case downDone:
+			if events&unix.EPOLLERR != 0 {
+				f.checkReset()
+			}
+			return
+		}
+	}
 }
 
-// download carries host → container.
-func (f *tcpFlow) download() {
-	big := false
+// loopReads is how many full buffers of one flow the loop moves before it leaves that flow to a goroutine of its own.
+const loopReads = 4
+
+// download moves what the host's socket has to the container. It runs on the loop while the container's connection takes it at once, and for no more than
+// turns full buffers; what is left then is for a goroutine.
+func (f *tcpFlow) download(b []byte, turns int) {
 	for {
-		b, n, err := f.host.read(&f.t.bufs, big)
-		if n > 0 {
-			f.busy.Store(true)
-			_, err = f.conn.Write(b.b[:n])
-			big = n == len(b.b) || big && n > smallBuf/2
-		}
-		if b != nil {
-			f.t.bufs.put(b)
-		}
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
+		n, err := f.read(b)
+		switch {
+		case n > 0:
+			f.alive()
+			m, err := f.conn.TryWrite(b[:n])
+			if err != nil {
+				f.abort()
+				return
+			}
+			if n == len(b) {
+				turns--
+			}
+			if m < n || turns <= 0 {
+				rest := f.t.bufs.get(false)
+				rest.n = copy(rest.b, b[m:n])
+				f.t.spawn(func() { f.downloadSlow(rest) })
+				return
+			}
+		case err == unix.EAGAIN:
+			if f.down.CompareAndSwap(downBusy, downIdle) {
+				return
+			}
+			f.down.Store(downBusy)
+		case err == nil:
+			if f.proven.Load() {
+				f.hostEnd()
+			} else {
+				f.t.spawn(f.hostEnd) // a FIN waits for the container's handshake
+			}
+			return
+		default:
 			f.abort()
 			return
 		}
 	}
+}
+
+// downloadSlow moves first and then what the host's socket has, waiting for the container as long as it takes, until the socket is drained.
+func (f *tcpFlow) downloadSlow(b *buf) {
+	defer func() { f.t.bufs.put(b) }()
+	n, err := b.n, error(nil)
+	for {
+		if n > 0 {
+			f.alive()
+			if _, err := f.conn.Write(b.b[:n]); err != nil {
+				f.abort()
+				return
+			}
+		}
+		if n == len(b.b) && n < bigBuf { // it is a stream of some size
+			f.t.bufs.put(b)
+			b = f.t.bufs.get(true)
+		}
+		n, err = f.read(b.b)
+		switch {
+		case n > 0:
+		case err == unix.EAGAIN:
+			n = 0
+			if f.down.CompareAndSwap(downBusy, downIdle) {
+				return
+			}
+			f.down.Store(downBusy)
+		case err == nil:
+			f.hostEnd()
+			return
+		default:
+			f.abort()
+			return
+		}
+	}
+}
+
+// hostEnd passes the host's FIN on. The socket stays watched: a reset that comes behind the FIN is news to the container too.
+func (f *tcpFlow) hostEnd() {
 	if f.conn.CloseWrite() != nil {
 		f.abort()
 		return
 	}
-	// A reset that comes behind the FIN is news to the container too.
-	if !f.eof() && f.host.waitError() {
+	f.down.Store(downDone)
+	f.checkReset()
+	f.eof()
+}
+
+// checkReset looks for a reset behind the host's FIN.
+func (f *tcpFlow) checkReset() {
+	f.rd.Lock()
+	bad := !f.closed && sockErr(f.fd) != nil
+	f.rd.Unlock()
+	if bad {
 		f.abort()
+	}
+}
+
+func (f *tcpFlow) read(b []byte) (int, error) {
+	f.rd.Lock()
+	defer f.rd.Unlock()
+	if f.closed {
+		return 0, unix.EBADF
+	}
+	return retry(unix.Read, f.fd, b)
+}
+
+// retry repeats a system call that a signal interrupted.
+func retry(call func(int, []byte) (int, error), fd int, b []byte) (int, error) {
+	for {
+		n, err := call(fd, b)
+		if err != unix.EINTR {
+			return n, err
+		}
+	}
+}
+
+// keepAlive switches it on.
+func (f *tcpFlow) keepAlive() {
+	f.wr.Lock()
+	defer f.wr.Unlock()
+	if !f.closed {
+		keepAlive(f.fd)
 	}
 }
 
@@ -180,8 +338,8 @@ const sweepEvery = 15 * time.Second
 func (t *tcpNAT) sweep() (next time.Duration) {
 	idle := max(1, int((t.n.limits.TCPIdle+sweepEvery-1)/sweepEvery))
 	half := max(1, int((t.n.limits.TCPHalfIdle+sweepEvery-1)/sweepEvery))
+	var silent []*tcpFlow
 	t.mu.Lock()
-	defer t.mu.Unlock()
 	for f := range t.live {
 		if f.busy.Swap(false) {
 			f.quiet = 0
@@ -190,15 +348,16 @@ func (t *tcpNAT) sweep() (next time.Duration) {
 		}
 		if !f.kept {
 			f.kept = true
-			f.host.keepAlive()
+			f.keepAlive()
 		}
 		if f.quiet > idle || f.ended.Load() == 1 && f.quiet > half {
-			t.n.stats.idleEnded.Add(1)
-			go f.abort() // not here: it takes locks of the stack
+			silent = append(silent, f)
 		}
 	}
-	if len(t.live) == 0 {
-		return 0
+	t.mu.Unlock()
+	for _, f := range silent {
+		t.n.stats.idleEnded.Add(1)
+		f.abort()
 	}
 	return sweepEvery
 }
