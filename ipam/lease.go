@@ -23,8 +23,8 @@ type Request struct {
 	TTL time.Duration
 }
 
-// Lease gives the attachment an address. An attachment that holds one gets the same one again, its end moved to the new TTL. The
-// error is one line that names the network, the reason and the remedy; errors.Is finds ErrExhausted, ErrTaken, ErrReserved, ErrNotInPool
+// Lease gives the attachment an address. An attachment that holds one gets the same one again; a later TTL moves its end, an
+// earlier one does not, and a lease without an end stays so. The error is one line that names the network, the reason and the remedy; errors.Is finds ErrExhausted, ErrTaken, ErrReserved, ErrNotInPool
 // or ErrHolds in it.
 func (p *Pool) Lease(ctx context.Context, q Request) (Record, error) {
 	if q.Attachment == "" {
@@ -57,7 +57,9 @@ func (p *Pool) lease(ctx context.Context, q Request) (Record, error) {
 		}
 		r.MAC, r.Hostname = cmp.Or(q.MAC, r.MAC), cmp.Or(q.Hostname, r.Hostname)
 		r.Static = r.Static || q.Addr.IsValid()
-		r.Expires = end(now, q.TTL)
+		if e := end(now, q.TTL); e.IsZero() || !r.Expires.IsZero() && e.After(r.Expires) {
+			r.Expires = e
+		}
 		if r == p.recs[a] {
 			return r, nil
 		}

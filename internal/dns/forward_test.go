@@ -22,7 +22,7 @@ func TestForward(t *testing.T) {
 	for _, host := range []string{"127.0.0.1", "::1"} {
 		var seen atomic.Pointer[dns.Msg]
 		up := upstreamServer(t, host, func(w dns.ResponseWriter, q *dns.Msg) {
-			seen.Store(q)
+			seen.Store(q.Copy())
 			m := new(dns.Msg).SetReply(q)
 			m.AuthenticatedData = true
 			m.Answer = []dns.RR{must(dns.NewRR("example.com. 60 IN A 192.0.2.7"))}
