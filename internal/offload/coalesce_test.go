@@ -139,7 +139,7 @@ func flowOf(d []byte) string {
 	if !ok || p.IsFragment() || p.Len < p.HdrLen+4 {
 		return fmt.Sprint(et)
 	}
-	return fmt.Sprint(p.Src, p.Dst, p.Proto, d[l3+p.HdrLen:l3+p.HdrLen+4])
+	return fmt.Sprintf("%v %v %d %x", p.Src, p.Dst, p.Proto, d[l3+p.HdrLen:l3+p.HdrLen+4])
 }
 
 func TestCoalesceIsTheInverseOfSegment(t *testing.T) {

@@ -211,7 +211,7 @@ func transferTCP(t *testing.T, a, b *testbed.NS, addr string) {
 			return
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(30 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 		h := sha256.New()
 		n, err := io.Copy(h, c)
 		got <- fmt.Sprintf("%d bytes, %v, %x", n, err, h.Sum(nil))
@@ -221,13 +221,15 @@ func transferTCP(t *testing.T, a, b *testbed.NS, addr string) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 	h := sha256.New()
 	src := rand.NewChaCha8([32]byte{1})
 	if _, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(c, h)}, io.LimitReader(src, total), make([]byte, 60000)); err != nil {
 		t.Fatal(err)
 	}
-	c.(*net.TCPConn).CloseWrite()
+	if err := c.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
 	if want, have := fmt.Sprintf("%d bytes, <nil>, %x", total, h.Sum(nil)), <-got; have != want {
 		t.Errorf("TCP to %s: received %s, sent %s", addr, have, want)
 	}
@@ -240,7 +242,7 @@ func transferUDP(t *testing.T, a, b *testbed.NS, addr string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer pc.Close()
+	defer func() { _ = pc.Close() }()
 	c, err := a.DialContext(t.Context(), "udp", pc.LocalAddr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -251,17 +253,18 @@ func transferUDP(t *testing.T, a, b *testbed.NS, addr string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT, size) })
-		if err != nil {
+		var set error
+		err = raw.Control(func(fd uintptr) { set = unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT, size) })
+		if err = errors.Join(err, set); err != nil {
 			t.Fatal(err)
 		}
 		const count = 20
 		payload := make([]byte, size*count+size/2) // the last is shorter, unless size is 1
-		rand.NewChaCha8([32]byte{byte(size)}).Read(payload)
+		_, _ = rand.NewChaCha8([32]byte{byte(size)}).Read(payload)
 		if _, err := c.Write(payload); err != nil {
 			t.Fatal(err)
 		}
-		pc.SetReadDeadline(time.Now().Add(10 * time.Second))
+		_ = pc.SetReadDeadline(time.Now().Add(10 * time.Second))
 		buf := make([]byte, 2000)
 		for off := 0; off < len(payload); {
 			n, _, err := pc.ReadFrom(buf)

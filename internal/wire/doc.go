@@ -5,7 +5,15 @@
 //
 // A view is made by a Parse function that checks every length once; its accessors never read outside what was
 // checked. Parsers allocate nothing and never panic: a malformed packet is a false result, which the caller turns
-// into a drop counter. Builders (Put…) write into a slice the caller owns and return the number of bytes written.
+// into a drop counter. Builders (Put…) write into a slice the caller owns and return the number of bytes written; one that writes
+// behind the slice's end is the caller's mistake and panics. PutTCP, PutUDP, PutARP and PutEthernet write one header;
+// PutEcho, PutICMPError, PutND and PutRA write a whole IP packet, since their checksums and hop limits belong to it.
+//
+// VirtioNetHdr.Validate is the gate for what a container says about its own frames: behind it, offsets and sizes may be used unchecked.
+//
+// # Limits
+//
+// One VLAN tag; eight IPv6 extension headers and one fragment header; MaxHeaders bytes of headers in a superframe.
 //
 // # Ownership and concurrency
 //
