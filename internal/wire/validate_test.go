@@ -84,6 +84,8 @@ func TestValidate(t *testing.T) {
 		{"another protocol's checksum", sctp, h(need, 0, 0, 34, 8), true, clean(need, 0, 0, 0, 34, 8)},
 		{"tagged twice", qinq, h(need, 0, 0, 42, 16), true, clean(need, 0, 0, 0, 42, 16)},
 		{"in a tunnel", u4, h(need, 0, 0, 34+8+8+14+20, 16), true, clean(need, 0, 0, 0, 84, 16)},
+		{"as deep as allowed", u4, h(need, 0, 0, MaxHeaders-18, 16), true, clean(need, 0, 0, 0, MaxHeaders-18, 16)},
+		{"too deep", u4, h(need, 0, 0, MaxHeaders-17, 16), false, VirtioNetHdr{}},
 		{"wrong field", u4, h(need, 0, 0, 34, 16), false, VirtioNetHdr{}},
 		{"ports", u4, h(need, 0, 0, 34, 0), false, VirtioNetHdr{}},
 		{"between", u4, h(need, 0, 0, 36, 6), false, VirtioNetHdr{}},
