@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,12 +23,17 @@ import (
 const (
 	runArg0 = "edge-test-run"
 	runEnv  = "EDGE_TEST_SPEC"
+	// countArg0 makes it a COMMAND that says each signal it gets, one a line, and ends with status 5 when it gets signal 36.
+	countArg0 = "edge-test-count"
 )
 
 func TestMain(m *testing.M) {
 	Main()
-	if os.Args[0] == runArg0 {
+	switch os.Args[0] {
+	case runArg0:
 		os.Exit(miniRun())
+	case countArg0:
+		countSignals()
 	}
 	testbed.Main(m)
 }
@@ -210,3 +217,29 @@ func processes(mark string) (out []int) {
 
 // edges are the edge processes that are alive.
 func edges() []int { return processes(edgeArg0 + "\x00") }
+
+// counter is a script that runs the signal counter, by way of a shell that it replaces.
+func counter(t testing.TB, before string) []string {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return []string{testbed.Tool(t, "bash"), "-c", before + " exec -a " + countArg0 + " " + self}
+}
+
+func countSignals() {
+	ch := make(chan os.Signal, 100)
+	names := map[os.Signal]string{}
+	for name, s := range signals {
+		names[s] = name
+		signal.Notify(ch, s)
+	}
+	signal.Notify(ch, syscall.Signal(36))
+	fmt.Println("ready")
+	for s := range ch {
+		if s == syscall.Signal(36) {
+			os.Exit(5)
+		}
+		fmt.Println("got-" + names[s])
+	}
+}

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -199,7 +201,11 @@ func closeOnce(c chan struct{}) {
 
 // sweep ends what a killed edge process left to this process, its subreaper. In a PID namespace the kernel has done so.
 func (p *Process) sweep() {
-	if p.pidns || p.userN == nil {
+	if p.pidns {
+		return
+	}
+	defer subreaper.release()
+	if p.userN == nil {
 		return
 	}
 	deadline := time.Now().Add(killGrace)
@@ -230,4 +236,36 @@ func reap(pid int, deadline time.Time) {
 
 func gone(err error) bool {
 	return errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.ENOTCONN) || isClosed(err)
+}
+
+// subreaper counts the containers that need this process to be a child subreaper. There is one such flag in a process, whence the global.
+var subreaper reaperFlag
+
+type reaperFlag struct {
+	mu     sync.Mutex
+	n      int
+	before int32
+}
+
+func (r *reaperFlag) acquire() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.n == 0 {
+		if err := unix.Prctl(unix.PR_GET_CHILD_SUBREAPER, uintptr(unsafe.Pointer(&r.before)), 0, 0, 0); err != nil {
+			return err
+		}
+		if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+			return err
+		}
+	}
+	r.n++
+	return nil
+}
+
+func (r *reaperFlag) release() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.n--; r.n == 0 {
+		_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, uintptr(r.before), 0, 0, 0)
+	}
 }

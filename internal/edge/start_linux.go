@@ -53,8 +53,8 @@ type Process struct {
 // Start makes the container's namespaces and its edge process, and returns when the interfaces exist. COMMAND waits for Release. ctx
 // bounds Start alone. On error nothing is left, and the error is an *Error.
 //
-// Without a PID namespace Start makes the calling process a child subreaper, so that it inherits, and can end, what a killed edge process
-// leaves behind.
+// Without a PID namespace the calling process is a child subreaper for as long as the container lives, so that it inherits, and can end,
+// what a killed edge process leaves behind.
 func Start(ctx context.Context, spec Spec, std Stdio) (*Process, error) {
 	if err := spec.check(); err != nil {
 		return nil, failed("%w", err)
@@ -85,7 +85,7 @@ func Start(ctx context.Context, spec Spec, std Stdio) (*Process, error) {
 		return nil, failed("socketpair for the edge process: %w", err)
 	}
 	if !spec.PID {
-		if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		if err := subreaper.acquire(); err != nil {
 			l.Close()
 			return nil, failed("become a child subreaper: %w", err)
 		}
@@ -96,6 +96,7 @@ func Start(ctx context.Context, spec Spec, std Stdio) (*Process, error) {
 	}
 	died := make(chan syscall.WaitStatus, 1)
 	if err := p.spawn(&spec, std, sp[1], specFD, died); err != nil {
+		p.sweep()
 		l.Close()
 		return nil, err
 	}
