@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -62,6 +63,8 @@ func newBed(t testing.TB, cfg Config) *bed {
 	t.Helper()
 	testbed.RequireTUN(t)
 	b := &bed{t: t, c: testbed.NewNS(t, "c"), out: testbed.NewExternal(t, "out")}
+	awaitLocal(t, b.out.NS, b.out.Addr6)
+	awaitLocal(t, testbed.Host(t), b.out.HostAddr6)
 	var h *tap.Handle
 	var err error
 	b.c.Do(func() {
@@ -87,14 +90,7 @@ func newBed(t testing.TB, cfg Config) *bed {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The kernel installs the local route of a new IPv6 address a little after it has taken the address.
-	testbed.Eventually(t, 3*time.Second, func() (ok bool) {
-		b.c.Do(func() {
-			r, err := netlink.RouteGet(bedC6.AsSlice())
-			ok = err == nil && len(r) == 1 && r[0].Type == unix.RTN_LOCAL
-		})
-		return ok
-	})
+	awaitLocal(t, b.c, bedC6)
 	if b.dev, err = tap.New(tap.Config{Info: h.Info, FDs: h.FDs}); err != nil {
 		t.Fatal(err)
 	}
@@ -118,6 +114,18 @@ func newBed(t testing.TB, cfg Config) *bed {
 		wg.Wait()
 	})
 	return b
+}
+
+// awaitLocal waits until ns takes packets to a: the kernel installs the local route of a new IPv6 address a little after it has taken the address.
+func awaitLocal(t testing.TB, ns *testbed.NS, a netip.Addr) {
+	t.Helper()
+	testbed.Eventually(t, 3*time.Second, func() (ok bool) {
+		ns.Do(func() {
+			r, err := netlink.RouteGet(a.AsSlice())
+			ok = err == nil && len(r) == 1 && r[0].Type == unix.RTN_LOCAL
+		})
+		return ok
+	})
 }
 
 // Forward implements frame.Sink: it sorts what the container sends.
@@ -232,10 +240,12 @@ type echoServer struct {
 	*net.UDPConn
 	mu   sync.Mutex
 	from netip.AddrPort
+	n    int
 }
 
-func echoUDP(t testing.TB, ns *testbed.NS, a netip.Addr) *echoServer {
-	s := &echoServer{UDPConn: bindUDP(t, ns, a, 0)}
+func echoUDP(t testing.TB, ns *testbed.NS, a netip.Addr, port ...uint16) *echoServer {
+	t.Helper()
+	s := &echoServer{UDPConn: bindUDP(t, ns, a, append(port, 0)[0])}
 	s.SetReadBuffer(4 << 20)
 	go func() {
 		b := make([]byte, 1<<16)
@@ -245,7 +255,7 @@ func echoUDP(t testing.TB, ns *testbed.NS, a netip.Addr) *echoServer {
 				return
 			}
 			s.mu.Lock()
-			s.from = from
+			s.from, s.n = from, n
 			s.mu.Unlock()
 			s.WriteToUDPAddrPort(b[:n], from)
 		}
@@ -260,6 +270,22 @@ func (s *echoServer) peer() netip.AddrPort {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return netip.AddrPortFrom(s.from.Addr().Unmap(), s.from.Port())
+}
+
+// size is that of the last datagram.
+func (s *echoServer) size() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.n
+}
+
+// wantErrors has the kernel queue ICMP errors on a socket.
+func wantErrors(t testing.TB, raw syscall.RawConn, v6 bool) {
+	t.Helper()
+	raw.Control(func(fd uintptr) {
+		s := packetSock{fd: int(fd), v6: v6}
+		s.wantErrors()
+	})
 }
 
 func addrOf(c *net.UDPConn) netip.AddrPort {
