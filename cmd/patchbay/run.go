@@ -36,7 +36,7 @@ failure of patchbay itself, 126 a COMMAND that cannot be executed, 127 one that 
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "name", Usage: "`NAME` that others on the network find it by, and its host name"},
 			&cli.StringFlag{Name: "hostname", Usage: "host `NAME` inside, when not --name"},
-			&cli.StringSliceFlag{Name: "publish", Aliases: []string{"p"}, Usage: "publish ports: `[HOSTIP:]HOSTPORT[-END]:PORT[-END][/tcp|/udp]`"},
+			&cli.StringSliceFlag{Name: "publish", Aliases: []string{"p"}, Usage: "publish ports by `SPEC`: [HOSTIP:]HOSTPORT[-END]:PORT[-END][/tcp|/udp]"},
 			&cli.StringFlag{Name: "net", Usage: "`MODE`: private (a network of its own), none (only lo), host (the host's network)", Value: "private"},
 			&cli.BoolFlag{Name: "pid", Usage: "give it a PID namespace too"},
 			&cli.BoolFlag{Name: "keep-id", Usage: "keep your user and group ids inside, instead of root"},
@@ -228,11 +228,11 @@ func containerConfig(c *cli.Context, spec edge.Spec, stdio edge.Stdio) (node.Con
 		cfg.Publish = append(cfg.Publish, p)
 	}
 	for _, s := range c.StringSlice("ip") {
-		a, err := ipam.ParseIP(s)
-		if err != nil {
-			return cfg, fmt.Errorf("--ip: %w", err)
+		a, err := netip.ParseAddr(s)
+		if err != nil || a.Zone() != "" {
+			return cfg, fmt.Errorf("--ip: %q is not an address; use one of the network's, such as 10.88.0.7", s)
 		}
-		cfg.Addrs = append(cfg.Addrs, a)
+		cfg.Addrs = append(cfg.Addrs, a.Unmap())
 	}
 	if s := c.String("mac"); s != "" {
 		m, err := wire.ParseMAC(s)

@@ -26,7 +26,7 @@ import (
 type Container struct {
 	network *Network
 	name    string
-	mac     wire.MAC
+	mac     wire.MAC // written under network.mu
 	addrs   []netip.Addr
 	started time.Time
 
@@ -145,7 +145,9 @@ func (c *Container) lease(ctx context.Context, cfg ContainerConfig) (edge.Interf
 		if err != nil {
 			return ifc, err
 		}
+		n.mu.Lock()
 		c.mac = m
+		n.mu.Unlock()
 	}
 	ifc.MAC = c.mac
 	return ifc, nil

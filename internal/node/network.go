@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"patchbay/frame"
+	"patchbay/internal/dhcp"
 	"patchbay/internal/dns"
 	"patchbay/internal/wire"
 	"patchbay/ipam"
@@ -34,6 +35,7 @@ type Network struct {
 	gw     *stack.Gateway
 	nat    *nat.NAT
 	dns    *dns.Server
+	dhcp   *dhcp.Server        // nil without IPv4
 	drops  *frame.DropCounters // of the gateway and everything behind it
 
 	mu         sync.Mutex
@@ -43,6 +45,9 @@ type Network struct {
 
 	stopNAT context.CancelFunc
 	natDone chan error
+
+	closing  sync.Once
+	closeErr error
 }
 
 // lateTCP and latePackets let the gateway, which wants its handlers when it is made, have handlers that want the gateway when they are made. They are filled in before the
@@ -151,8 +156,8 @@ func (n *Network) openGateway() error {
 	c.HostAliases = aliases
 	c.RA.DNSSL = []string{dns.SearchDomain(n.cfg.Name)}
 	var tcp lateTCP
-	var udp, icmp, names latePackets
-	c.Handlers = stack.Handlers{TCP: &tcp, UDP: &udp, ICMP: &icmp, LocalUDP: map[uint16]stack.PacketHandler{53: &names}}
+	var udp, icmp, names, leases latePackets
+	c.Handlers = stack.Handlers{TCP: &tcp, UDP: &udp, ICMP: &icmp, LocalUDP: map[uint16]stack.PacketHandler{53: &names, 67: &leases}}
 	if n.gw, err = stack.New(c); err != nil {
 		return err
 	}
@@ -166,10 +171,50 @@ func (n *Network) openGateway() error {
 	if n.dns, err = dns.New(dns.Config{Network: n.gw, Upstreams: n.cfg.DNS, Drops: n.drops, Logger: n.log}); err != nil {
 		return err
 	}
+	if err := n.openDHCP(&leases); err != nil {
+		return err
+	}
 	n.publishZone()
 	udp.PacketHandler, icmp.PacketHandler, names.PacketHandler = n.nat.UDP(), n.nat.ICMP(), n.dns
 	tcp.TCPHandler = &router{network: n}
 	return nil
+}
+
+// openDHCP makes the DHCP server of the IPv4 subnet; without one there is nothing to hand out.
+func (n *Network) openDHCP(h *latePackets) (err error) {
+	h.PacketHandler = ignored{}
+	for _, p := range n.pools {
+		if !p.Prefix().Addr().Is4() {
+			continue
+		}
+		n.dhcp, err = dhcp.New(dhcp.Config{
+			Network: n.gw, Addr: p.Gateway(), Prefix: p.Prefix(), Leaser: &dhcp.PoolLeaser{Pool: p, Attachment: n.attachmentOf},
+			Domain: dns.SearchDomain(n.cfg.Name), MTU: n.cfg.MTU, Drops: n.drops, Logger: n.log,
+		})
+		if err != nil {
+			return err
+		}
+		h.PacketHandler = n.dhcp
+	}
+	return nil
+}
+
+// ignored is DHCP on a network that has no IPv4.
+type ignored struct{}
+
+// HandlePackets implements stack.PacketHandler.
+func (ignored) HandlePackets([]stack.Packet) {}
+
+// attachmentOf is whose MAC it is, or "".
+func (n *Network) attachmentOf(mac wire.MAC) string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, c := range n.containers {
+		if c.mac == mac {
+			return c.name
+		}
+	}
+	return ""
 }
 
 // router sorts connections: to the gateway's own addresses they are for its services, all others are NAT's.
@@ -219,12 +264,16 @@ func (n *Network) Close() error {
 	for _, c := range left {
 		errs = append(errs, c.Close())
 	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
+	n.closing.Do(func() { n.closeErr = errors.Join(append(errs, n.closeServices())...) })
+	return n.closeErr
+}
+
+// closeServices ends what is not a container, in the reverse order of its making.
+func (n *Network) closeServices() error {
+	var errs []error
 	if n.stopNAT != nil {
 		n.stopNAT()
 		errs = append(errs, <-n.natDone)
-		n.stopNAT = nil
 	}
 	if n.nat != nil {
 		errs = append(errs, n.nat.Close())
@@ -232,9 +281,11 @@ func (n *Network) Close() error {
 	if n.dns != nil {
 		errs = append(errs, n.dns.Close())
 	}
+	if n.dhcp != nil {
+		errs = append(errs, n.dhcp.Close())
+	}
 	if n.sw != nil && n.gwPort != 0 {
 		errs = append(errs, n.sw.RemovePort(n.gwPort))
-		n.gwPort = 0
 	}
 	if n.gw != nil {
 		errs = append(errs, n.gw.Close())
