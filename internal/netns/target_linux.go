@@ -1,0 +1,259 @@
+package netns
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Target is the user and network namespace of a running process, into which Start puts another one.
+type Target struct {
+	pid       int
+	user, net *os.File
+	own       bool // the user namespace is the caller's own
+}
+
+// OpenTarget opens the namespaces of the process pid. They stay open when the process ends.
+func OpenTarget(pid int) (*Target, error) {
+	what := fmt.Sprintf("namespaces of process %d", pid)
+	if pid <= 0 {
+		return nil, fmt.Errorf("%s: %w: give the id of a running process", what, ErrNoProcess)
+	}
+	t := &Target{pid: pid}
+	var err error
+	if t.user, err = os.Open(fmt.Sprintf("/proc/%d/ns/user", pid)); err != nil {
+		return nil, explainPID(what, pid, err)
+	}
+	if t.net, err = os.Open(fmt.Sprintf("/proc/%d/ns/net", pid)); err != nil {
+		t.Close()
+		return nil, explainPID(what, pid, err)
+	}
+	var mine, theirs unix.Stat_t
+	if unix.Stat("/proc/self/ns/user", &mine) == nil && unix.Fstat(int(t.user.Fd()), &theirs) == nil {
+		t.own = mine.Dev == theirs.Dev && mine.Ino == theirs.Ino
+	}
+	return t, nil
+}
+
+// Net is the target's network namespace, as a Handle of its own.
+func (t *Target) Net() (*Handle, error) { return FromFD(int(t.net.Fd())) }
+
+// Close gives the descriptors back. Idempotent.
+func (t *Target) Close() error {
+	var errs []error
+	for _, f := range []*os.File{t.user, t.net} {
+		if f != nil {
+			if err := f.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Command is what Target.Start executes.
+type Command struct {
+	Path  string   // as execve(2) takes it, looked up in the caller's mount namespace; "/proc/self/exe" is this program
+	Args  []string // with Args[0]
+	Env   []string
+	Files []*os.File // descriptors 0, 1, 2, … of the new process; nil is closed. Others are inherited unless close-on-exec.
+}
+
+// The steps of the child, for its error.
+const (
+	stepUser = 1 + iota
+	stepNet
+	stepCaps
+	stepFiles
+	stepExec
+)
+
+// Start executes a program inside the target's user and network namespaces, with CAP_SYS_ADMIN, CAP_NET_ADMIN and CAP_SETPCAP over them
+// whatever user it is there, and in the caller's other namespaces. It returns the id of a child, which the caller waits for. The
+// calling user must own the target's user namespace, as the one who started the container does.
+func (t *Target) Start(c Command) (pid int, err error) {
+	argv0, err := unix.BytePtrFromString(c.Path)
+	if err != nil {
+		return 0, err
+	}
+	argv, err := syscall.SlicePtrFromStrings(c.Args)
+	if err != nil {
+		return 0, err
+	}
+	envv, err := syscall.SlicePtrFromStrings(c.Env)
+	if err != nil {
+		return 0, err
+	}
+	p := child{argv0: argv0, argv: &argv[0], envv: &envv[0], user: -1, net: int(t.net.Fd()), files: make([]int, len(c.Files))}
+	if !t.own {
+		p.user = int(t.user.Fd())
+	}
+	for i, f := range c.Files {
+		p.files[i] = -1
+		if f != nil {
+			p.files[i] = int(f.Fd())
+		}
+		p.above = max(p.above, p.files[i]+1, len(c.Files))
+	}
+	var pipe [2]int
+	syscall.ForkLock.Lock()
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		syscall.ForkLock.Unlock()
+		return 0, fmt.Errorf("pipe: %w", err)
+	}
+	p.pipe = pipe[1]
+	id, errno := forkInto(&p)
+	syscall.ForkLock.Unlock()
+	runtime.KeepAlive(c.Files)
+	runtime.KeepAlive(argv)
+	runtime.KeepAlive(envv)
+	unix.Close(pipe[1])
+	r := os.NewFile(uintptr(pipe[0]), "pipe")
+	defer r.Close()
+	if errno != 0 {
+		return 0, fmt.Errorf("fork: %w", errno)
+	}
+	var word [2]uint32
+	if _, err := io.ReadFull(r, (*[8]byte)(unsafe.Pointer(&word))[:]); err != nil {
+		return id, nil // the pipe was closed by execve
+	}
+	for {
+		if _, err := unix.Wait4(id, nil, 0, nil); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	return 0, t.explain(word[0], syscall.Errno(word[1]), c.Path)
+}
+
+func (t *Target) explain(step uint32, err syscall.Errno, path string) error {
+	switch step {
+	case stepUser:
+		if err == unix.EPERM {
+			return fmt.Errorf("enter the user namespace of process %d: %w: %w: only the user who made it may; run as that user", t.pid, ErrNotPermitted, err)
+		}
+		return fmt.Errorf("enter the user namespace of process %d: %w", t.pid, err)
+	case stepNet:
+		if err == unix.EPERM {
+			return fmt.Errorf("enter the network namespace of process %d: %w: %w: it belongs to another user namespace than the process is in; name a process of the container that made it",
+				t.pid, ErrNotPermitted, err)
+		}
+		return fmt.Errorf("enter the network namespace of process %d: %w", t.pid, err)
+	case stepCaps:
+		return fmt.Errorf("keep rights in the user namespace of process %d: %w", t.pid, err)
+	case stepFiles:
+		return fmt.Errorf("pass descriptors to %s: %w", path, err)
+	}
+	return fmt.Errorf("execute %s: %w", path, err)
+}
+
+// child is all that the forked process needs, made before the fork: it may not allocate.
+type child struct {
+	argv0      *byte
+	argv, envv **byte
+	user, net  int
+	files      []int
+	above      int // higher than any descriptor in files, and than any it becomes
+	pipe       int
+	report     [2]uint32
+	caps       unix.CapUserHeader
+	data       [2]unix.CapUserData
+}
+
+//go:linkname runtimeBeforeFork syscall.runtime_BeforeFork
+func runtimeBeforeFork()
+
+//go:linkname runtimeAfterFork syscall.runtime_AfterFork
+func runtimeAfterFork()
+
+//go:linkname runtimeAfterForkInChild syscall.runtime_AfterForkInChild
+func runtimeAfterForkInChild()
+
+// forkInto forks. The child has one thread, as entering a user namespace demands, and shares no memory with this process. Between the fork and
+// execve it makes system calls only: no allocation, no growing of the stack, no lock.
+//
+//go:noinline
+//go:norace
+//go:nocheckptr
+func forkInto(p *child) (pid int, errno syscall.Errno) {
+	var (
+		r1   uintptr
+		err1 syscall.Errno
+		i    int
+		c    uintptr
+	)
+	p.caps.Version = unix.LINUX_CAPABILITY_VERSION_3
+	runtimeBeforeFork()
+	r1, _, err1 = syscall.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
+	if err1 != 0 || r1 != 0 {
+		runtimeAfterFork()
+		return int(r1), err1
+	}
+	runtimeAfterForkInChild()
+	if p.user >= 0 {
+		p.report[0] = stepUser
+		if _, _, err1 = syscall.RawSyscall(unix.SYS_SETNS, uintptr(p.user), unix.CLONE_NEWUSER, 0); err1 != 0 {
+			goto fail
+		}
+	}
+	p.report[0] = stepNet
+	if _, _, err1 = syscall.RawSyscall(unix.SYS_SETNS, uintptr(p.net), unix.CLONE_NEWNET, 0); err1 != 0 {
+		goto fail
+	}
+	if p.user >= 0 {
+		// execve takes the capabilities away from whoever is not root in there.
+		p.report[0] = stepCaps
+		if _, _, err1 = syscall.RawSyscall(unix.SYS_CAPGET, uintptr(unsafe.Pointer(&p.caps)), uintptr(unsafe.Pointer(&p.data[0])), 0); err1 != 0 {
+			goto fail
+		}
+		p.data[0].Inheritable |= 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_SETPCAP
+		if _, _, err1 = syscall.RawSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&p.caps)), uintptr(unsafe.Pointer(&p.data[0])), 0); err1 != 0 {
+			goto fail
+		}
+		for c = 0; c < 32; c++ {
+			if p.data[0].Inheritable&(1<<c) == 0 {
+				continue
+			}
+			if _, _, err1 = syscall.RawSyscall6(unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, c, 0, 0, 0); err1 != 0 {
+				goto fail
+			}
+		}
+	}
+	p.report[0] = stepFiles
+	// First out of the way of the numbers they are to get, then onto them.
+	if r1, _, err1 = syscall.RawSyscall(unix.SYS_FCNTL, uintptr(p.pipe), unix.F_DUPFD_CLOEXEC, uintptr(p.above)); err1 != 0 {
+		goto fail
+	}
+	p.pipe = int(r1)
+	for i = 0; i < len(p.files); i++ {
+		if p.files[i] < 0 {
+			continue
+		}
+		if r1, _, err1 = syscall.RawSyscall(unix.SYS_FCNTL, uintptr(p.files[i]), unix.F_DUPFD_CLOEXEC, uintptr(p.above)); err1 != 0 {
+			goto fail
+		}
+		p.files[i] = int(r1)
+	}
+	for i = 0; i < len(p.files); i++ {
+		if p.files[i] < 0 {
+			syscall.RawSyscall(unix.SYS_CLOSE, uintptr(i), 0, 0)
+			continue
+		}
+		if _, _, err1 = syscall.RawSyscall(unix.SYS_DUP3, uintptr(p.files[i]), uintptr(i), 0); err1 != 0 {
+			goto fail
+		}
+	}
+	p.report[0] = stepExec
+	_, _, err1 = syscall.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(p.argv0)), uintptr(unsafe.Pointer(p.argv)), uintptr(unsafe.Pointer(p.envv)))
+fail:
+	p.report[1] = uint32(err1)
+	syscall.RawSyscall(unix.SYS_WRITE, uintptr(p.pipe), uintptr(unsafe.Pointer(&p.report)), unsafe.Sizeof(p.report))
+	for {
+		syscall.RawSyscall(unix.SYS_EXIT, 125, 0, 0)
+	}
+}
