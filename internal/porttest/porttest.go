@@ -3,6 +3,7 @@ package porttest
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -123,8 +124,12 @@ func (h *Harness) send(fs []frame.Frame) (int, error) {
 
 // sendAll transmits frames that there is room for.
 func (h *Harness) sendAll(fs []frame.Frame) error {
-	if n, err := h.send(fs); err != nil || n != len(fs) {
-		return fmt.Errorf("Transmit of %d frames to an idle port accepted %d (%v)", len(fs), n, err)
+	n, err := h.send(fs)
+	if err == nil && n != len(fs) {
+		err = fmt.Errorf("an idle port accepted %d of %d frames", n, len(fs))
+	}
+	if err != nil {
+		return err
 	}
 	return nil
 }
@@ -456,8 +461,11 @@ func checkClosed(h *Harness) error {
 	h.Close()
 	before := h.drops()
 	n, err := h.send(fs)
-	if err != nil || n != 0 {
-		return fmt.Errorf("after Close, Transmit of %d frames accepted %d (%v)", len(fs), n, err)
+	if err == nil && n != 0 {
+		err = fmt.Errorf("after Close, Transmit of %d frames accepted %d", len(fs), n)
+	}
+	if err != nil {
+		return err
 	}
 	if d := h.drops() - before; h.Drops != nil && d != uint64(len(fs)) {
 		return fmt.Errorf("after Close, %d frames were not accepted, but %d are counted as dropped", len(fs), d)
@@ -489,7 +497,7 @@ func checkCloseInUse(h *Harness) error {
 	select {
 	case <-closed:
 	case <-time.After(h.Patience):
-		return fmt.Errorf("Close does not return while others call Transmit")
+		return errors.New("the port's Close does not return while others call Transmit")
 	}
 	if n := h.Port.Transmit([]frame.Frame{h.Addrs.udp(flow{false, 1}, 0, 100, false)}); n != 0 {
 		return fmt.Errorf("after Close, Transmit accepted %d", n)

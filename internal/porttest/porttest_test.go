@@ -24,7 +24,6 @@ type memory struct {
 
 	mu     sync.Mutex
 	got    []frame.Frame
-	held   []frame.Frame
 	closed bool
 	drops  frame.DropCounters
 }

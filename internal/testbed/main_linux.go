@@ -69,7 +69,7 @@ func Main(m *testing.M) {
 		// The socket is there in the process that init started; a test binary run by a test has none.
 		if unix.SetNonblock(controlFD, false) == nil && os.Getenv(envPIDNS) != "" {
 			bed.control = newControl(controlFD)
-			os.Unsetenv(envPIDNS)
+			_ = os.Unsetenv(envPIDNS)
 		}
 		os.Exit(m.Run())
 	}
@@ -132,7 +132,7 @@ func dropStage() {
 		if err := os.Chdir(wd); err != nil {
 			giveUp("%v", err)
 		}
-		os.Setenv("PWD", wd)
+		_ = os.Setenv("PWD", wd)
 	}
 	// A root that is itself inside a user namespace may not know the uid; then it stays what it is.
 	if syscall.Setgroups(nil) == nil && syscall.Setresgid(nobody, nobody, nobody) == nil {
@@ -142,7 +142,7 @@ func dropStage() {
 	}
 	// The change of uid has cleared what SysProcAttr.Pdeathsig had set.
 	_ = unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0)
-	os.Setenv(envStage, stageUser)
+	_ = os.Setenv(envStage, stageUser)
 	giveUp("exec: %v", syscall.Exec(self(), os.Args, os.Environ()))
 }
 
@@ -216,12 +216,12 @@ func initStage() {
 		giveUp("cannot bring lo up: %v", err)
 	}
 	if err := openPing(); err != nil {
-		os.Setenv(envNoPing, err.Error())
+		_ = os.Setenv(envNoPing, err.Error())
 	}
 	if err := probeTUN(); err != nil {
-		os.Setenv(envNoTUN, err.Error())
+		_ = os.Setenv(envNoTUN, err.Error())
 	}
-	os.Setenv(envStage, stageInside)
+	_ = os.Setenv(envStage, stageInside)
 	pid, err := syscall.ForkExec(self(), os.Args, &syscall.ProcAttr{Env: os.Environ(), Files: []uintptr{0, 1, 2, controlFD}})
 	if err != nil {
 		giveUp("cannot start the tests: %v", err)

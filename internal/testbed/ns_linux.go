@@ -216,7 +216,7 @@ func (n *NS) Command(name string, args ...string) *exec.Cmd {
 
 // execIn is what Command's process does first. os.Args: this binary, the command's path, its arguments from 0.
 func execIn(path string) {
-	os.Unsetenv(envExecNS)
+	_ = os.Unsetenv(envExecNS)
 	runtime.LockOSThread()
 	fail := func(err error) {
 		fmt.Fprintf(os.Stderr, "testbed: %s: %v\n", path, err)

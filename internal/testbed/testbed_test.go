@@ -77,7 +77,7 @@ func TestNamespacesAndExternal(t *testing.T) {
 	go func() {
 		c, err := l.Accept()
 		if err == nil {
-			c.Write([]byte("hello"))
+			_, _ = c.Write([]byte("hello"))
 			c.Close()
 		}
 	}()
