@@ -50,6 +50,19 @@ var _ Network = (*Gateway)(nil)
 
 // New makes a gateway and starts its housekeeping. Nothing leaves it before Connect.
 func New(cfg Config) (*Gateway, error) {
+	g, err := newGateway(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := g.tcp.init(g); err != nil {
+		return nil, fmt.Errorf("gateway: start netstack: %w", err)
+	}
+	go g.housekeeping()
+	return g, nil
+}
+
+// newGateway makes a gateway without TCP and without goroutines.
+func newGateway(cfg Config) (*Gateway, error) {
 	if err := cfg.withDefaults(); err != nil {
 		return nil, err
 	}
@@ -89,10 +102,6 @@ func New(cfg Config) (*Gateway, error) {
 	}
 	g.flows.init()
 	g.pending.init(cfg.TCP.MaxHalfOpen, cfg.TCP.MaxHalfOpenPerSource)
-	if err := g.tcp.init(g); err != nil {
-		return nil, fmt.Errorf("gateway: start netstack: %w", err)
-	}
-	go g.housekeeping()
 	return g, nil
 }
 

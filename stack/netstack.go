@@ -73,7 +73,9 @@ func (n *netstack) init(g *Gateway) error {
 }
 
 func (n *netstack) close() {
-	n.stack.Destroy()
+	if n.stack != nil {
+		n.stack.Destroy()
+	}
 }
 
 func toAddress(a netip.Addr) tcpip.Address {

@@ -54,7 +54,7 @@ func (c *conn) push() {
 		}
 		switch err.(type) {
 		case nil:
-			return // everything that was there; what comes later is announced
+			continue // a FIN may be behind what was read, and was announced together with it
 		case *tcpip.ErrWouldBlock, *tcpip.ErrBadBuffer:
 			return
 		case *tcpip.ErrNotConnected:
