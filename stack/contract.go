@@ -55,7 +55,7 @@ type TCPRequest interface {
 // Handlers is who gets what the gateway sorts out. A nil field refuses: TCP with a reset, the others as port or protocol unreachable.
 type Handlers struct {
 	TCP  TCPHandler    // connections to any address, the gateway's own included
-	UDP  PacketHandler // datagrams to any address but the gateway's own
+	UDP  PacketHandler // datagrams to any address, the gateway's own included where LocalUDP has nobody for the port
 	ICMP PacketHandler // echo requests to any address but the gateway's own; ICMPv6 too
 	// LocalUDP is keyed by destination port: datagrams to the gateway's own addresses, and broadcast for DHCP.
 	LocalUDP map[uint16]PacketHandler

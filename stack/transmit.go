@@ -215,6 +215,11 @@ func (g *Gateway) sortUDP(b *batch, p *Packet, own bool) {
 	}
 	port := binary.BigEndian.Uint16(l4[2:])
 	group := g.isGroup(p.IP.Dst)
+	// What no service of the gateway wants may be an answer to a client that NAT shows as the gateway.
+	if own && g.cfg.Handlers.LocalUDP[port] == nil && g.cfg.Handlers.UDP != nil && !p.IP.Src.IsUnspecified() {
+		b.udp = append(b.udp, *p)
+		return
+	}
 	if own || group || p.IP.Src.IsUnspecified() {
 		h := g.cfg.Handlers.LocalUDP[port]
 		switch {
