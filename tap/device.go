@@ -56,6 +56,7 @@ type Device struct {
 	bytes  int
 	drops  *frame.DropCounters
 	queues []*queue
+	pool   sync.Pool // of *scratch
 
 	// gate counts Transmits under way; Close adds closing to it, which makes it negative for good.
 	gate atomic.Int64
@@ -116,6 +117,7 @@ func New(c Config) (*Device, error) {
 		frames: c.BatchFrames,
 		bytes:  c.BatchBytes,
 		drops:  c.Drops,
+		pool:   sync.Pool{New: func() any { return new(scratch) }},
 	}
 	for _, fd := range c.FDs {
 		if err := checkFD(fd, c.Info); err != nil {

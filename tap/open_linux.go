@@ -170,8 +170,8 @@ func explainOpen(name string, err error) error {
 		remedy = ": needs CAP_NET_ADMIN over the network namespace; enter the user namespace that owns it first"
 	case errors.Is(err, unix.EBUSY):
 		remedy = ": another process holds the interface; stop it or choose another name"
-	case errors.Is(err, unix.EEXIST):
-		remedy = ": an interface of that name exists and is no TAP; choose another name"
+	case errors.Is(err, unix.EINVAL):
+		remedy = ": an interface of that name exists and is no TAP, or one with another number of queues; delete it or choose another name"
 	}
 	return fmt.Errorf("open tap %q: %w%s", name, err, remedy)
 }

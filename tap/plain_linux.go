@@ -3,6 +3,7 @@ package tap
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 
 	"github.com/songgao/water"
@@ -11,6 +12,9 @@ import (
 
 // openPlain opens a TAP without a virtio header through songgao/water.
 func openPlain(c OpenConfig, h *Handle) (*Handle, error) {
+	if err := tryPlain(c); err != nil {
+		return nil, explainOpen(c.Name, err)
+	}
 	err := openWaters(c, h)
 	if c.Queues > 1 && errors.Is(err, unix.EINVAL) {
 		c.Queues = 1
@@ -29,6 +33,22 @@ func openPlain(c OpenConfig, h *Handle) (*Handle, error) {
 		return nil, explainOpen(c.Name, err)
 	}
 	return h, nil
+}
+
+// tryPlain finds out whether the interface can be had at all: water leaks its descriptor when it cannot.
+func tryPlain(c OpenConfig) error {
+	fd, err := unix.Open(DevicePath, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: DevicePath, Err: err}
+	}
+	defer unix.Close(fd)
+	if _, err = setIff(fd, c.Name, unix.IFF_TAP|unix.IFF_NO_PI); errors.Is(err, unix.EINVAL) && c.Queues > 1 {
+		_, err = setIff(fd, c.Name, unix.IFF_TAP|unix.IFF_NO_PI|unix.IFF_MULTI_QUEUE)
+	}
+	if err != nil {
+		return fmt.Errorf("TUNSETIFF: %w", err)
+	}
+	return nil
 }
 
 // openWaters opens all queues; on error nothing stays open.
