@@ -48,7 +48,7 @@ type Config struct {
 	MTU    int          // bytes of IP packet; default 1500
 
 	LeaseTime time.Duration // default 1 h
-	OfferTime time.Duration // how long an offered address is kept; default 1 min
+	OfferTime time.Duration // how long an offered address is kept, LeaseTime at most; default 1 min
 	MaxQueue  int           // requests waiting, in all; of one MAC, an eighth of it, at least 1. Default 64
 
 	Drops  *frame.DropCounters // default: counters of its own
@@ -103,7 +103,7 @@ func New(c Config) (*Server, error) {
 		return nil, fmt.Errorf("dhcp: MTU %d: want 68 to 65535", c.MTU)
 	}
 	c.LeaseTime = cmp.Or(c.LeaseTime, time.Hour)
-	c.OfferTime = cmp.Or(c.OfferTime, time.Minute)
+	c.OfferTime = min(cmp.Or(c.OfferTime, time.Minute), c.LeaseTime)
 	c.MaxQueue = cmp.Or(c.MaxQueue, 64)
 	if c.Drops == nil {
 		c.Drops = new(frame.DropCounters)

@@ -519,6 +519,21 @@ func upstreamServer(t testing.TB, host string, h dns.HandlerFunc) netip.AddrPort
 	return pc.LocalAddr().(*net.UDPAddr).AddrPort()
 }
 
+// stubResolver is a real resolver on port 53 of a loopback address, as systemd-resolved is on 127.0.0.53; it says its own address.
+func stubResolver(t testing.TB, host string) {
+	t.Helper()
+	pc, err := net.ListenPacket("udp", net.JoinHostPort(host, "53"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &dns.Server{PacketConn: pc, Handler: says(host, 0)}
+	ready := make(chan struct{})
+	s.NotifyStartedFunc = func() { close(ready) }
+	go func() { _ = s.ActivateAndServe() }()
+	<-ready
+	t.Cleanup(func() { _ = s.Shutdown() })
+}
+
 // says answers every question with one TXT of text, after d.
 func says(text string, d time.Duration) dns.HandlerFunc {
 	return func(w dns.ResponseWriter, q *dns.Msg) {

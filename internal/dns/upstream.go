@@ -62,7 +62,7 @@ type fileID struct {
 
 // newUpstreams reads the file, unless fixed says which resolvers to ask.
 func newUpstreams(fixed []netip.AddrPort, path string, every time.Duration, log *slog.Logger) *upstreams {
-	u := &upstreams{path: path, every: every, log: log}
+	u := &upstreams{path: path, every: every, log: slog.New(slog.DiscardHandler)}
 	if len(fixed) > 0 {
 		u.path = ""
 		list := make([]*upstream, len(fixed))
@@ -77,6 +77,7 @@ func newUpstreams(fixed []netip.AddrPort, path string, every time.Duration, log 
 	}
 	u.store(nil)
 	u.check()
+	u.log = log // the first reading is no change
 	return u
 }
 
