@@ -41,7 +41,7 @@ func (c *icmpNAT) open(f *flow) (frame.Drop, error) {
 		}
 		return frame.DropPingForbidden, err
 	}
-	return frame.DropFlowLimit, err
+	return openDrop(err), err
 }
 
 // HandlePackets sends the echo requests of ps on their way. It never waits. Implements stack.PacketHandler.
@@ -71,8 +71,11 @@ func (c *icmpNAT) packet(b *sendBatch, p *stack.Packet, now int64) {
 	f, drop := c.flows.get(netip.AddrPortFrom(p.IP.Src, binary.BigEndian.Uint16(l4[4:])), now)
 	if f == nil {
 		u.drops.Add(drop, 1)
-		if drop == frame.DropPingForbidden {
+		switch drop {
+		case frame.DropPingForbidden:
 			u.net.SendUnreachable(p, stack.UnreachProhibited, 0)
+		case frame.DropHostSend:
+			u.net.SendUnreachable(p, stack.UnreachNet, 0)
 		}
 		return
 	}

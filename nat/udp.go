@@ -110,15 +110,13 @@ func (c *outbound) packet(p *stack.Packet) {
 	if p.Frame.Hdr.GSO() == wire.GSOUDPL4 && int(p.Frame.Hdr.GSOSize) < len(data) {
 		it.seg, it.df = int(p.Frame.Hdr.GSOSize), p.IP.DontFragment
 	}
-	if p.IP.Version == 6 && u.net6Told(c.route.sock) {
+	if p.IP.Version == 6 && c.route.sock.mtu.Load() != 0 {
+		// The container was told of a smaller path MTU. IPv6 has no DF bit to say so, but what is longer still came in fragments of its own making,
+		// which the gateway put together: it must be cut again, not refused again.
 		it.df = false
 	}
 	c.b.add(it)
 }
-
-// net6Told reports whether the container has been told of a smaller path MTU on this IPv6 socket. What is longer still comes in fragments of
-// its own making, put together by the gateway: it must be cut again, not refused again.
-func (u *udpNAT) net6Told(s *packetSock) bool { return s.mtu.Load() != 0 }
 
 // udpPayload checks the lengths in the UDP header of p and returns what it carries. The gateway has verified a finished checksum; an unfinished
 // one needs none, since the host makes its own.
@@ -172,6 +170,9 @@ func (u *udpNAT) route(p *stack.Packet, src, dst netip.AddrPort, now int64) (r r
 	f, drop := u.flows.get(src, now)
 	if f == nil {
 		u.drops.Add(drop, 1)
+		if drop == frame.DropHostSend {
+			u.net.SendUnreachable(p, stack.UnreachNet, 0)
+		}
 		return r, false
 	}
 	f.sent(host, now)

@@ -63,6 +63,9 @@ func (u *udpNAT) drainErrors(s *packetSock) {
 		if !ok {
 			continue
 		}
+		if he.origin == eeOriginICMP && he.typ == 3 && he.code == 4 || he.origin == eeOriginICMP6 && he.typ == 2 {
+			s.mtu.Store(int32(he.info))
+		}
 		u.carryError(s, &he, peer, data[:min(int(m[0].n), len(data))], room[:])
 	}
 }

@@ -1,6 +1,7 @@
 package nat
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"strconv"
@@ -276,8 +277,17 @@ func openUDPFlow(lo, hi uint16) func(f *flow) (frame.Drop, error) {
 		if p := f.src.Port(); p >= lo && p <= hi && f.openUDP(netip.AddrPortFrom(any, p), false, false) == nil {
 			return 0, nil
 		}
-		return frame.DropFlowLimit, f.openUDP(netip.AddrPortFrom(any, 0), false, false)
+		err := f.openUDP(netip.AddrPortFrom(any, 0), false, false)
+		return openDrop(err), err
 	}
+}
+
+// openDrop is the counter of a socket that the host did not give: it has no more, or has no such IP version.
+func openDrop(err error) frame.Drop {
+	if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL) {
+		return frame.DropHostSend
+	}
+	return frame.DropFlowLimit
 }
 
 // ephemeralPorts is the host's net.ipv4.ip_local_port_range.

@@ -260,6 +260,52 @@ func queuedError(t *testing.T, raw syscall.RawConn) (he hostError, peer netip.Ad
 	return he, peer, data
 }
 
+// A router beyond the host has a narrower link: its word reaches the container, MTU and all, and what comes then gets through.
+func TestUDPTooBigFarAway(t *testing.T) {
+	b := newBed(t, Config{})
+	b.out.Uplink(t)
+	testbed.Sysctl(t, b.out.NS, "net/ipv4/ip_forward", "1")
+	testbed.Sysctl(t, b.out.NS, "net/ipv6/conf/all/forwarding", "1")
+	far := testbed.NewNS(t, "far")
+	testbed.Veth(t, b.out.NS, "narrow", far, "eth0")
+	b.out.Do(func() { setMTU(t, "narrow", 1300) })
+	far.Do(func() { setMTU(t, "eth0", 1300) })
+	far4, far6 := netip.MustParseAddr("203.0.113.9"), netip.MustParseAddr("2001:db8:ffff::9")
+	testbed.AddAddrs(t, b.out.NS, "narrow", netip.MustParsePrefix("203.0.113.1/24"), netip.MustParsePrefix("2001:db8:ffff::1/64"))
+	testbed.AddAddrs(t, far, "eth0", netip.PrefixFrom(far4, 24), netip.PrefixFrom(far6, 64))
+	testbed.DefaultVia(t, far, netip.MustParseAddr("203.0.113.1"))
+	testbed.DefaultVia(t, far, netip.MustParseAddr("2001:db8:ffff::1"))
+	awaitLocal(t, far, far6)
+	b.versions(func(t *testing.T, c, host, out netip.Addr) {
+		dst := far4
+		if c.Is6() {
+			dst = far6
+		}
+		s := echoUDP(t, far, dst)
+		k := bindUDP(t, b.c, c, 0)
+		raw, _ := k.SyscallConn()
+		wantErrors(t, raw, c.Is6())
+		ask(t, k, s.addr(), pattern(1000))
+		k.WriteToUDPAddrPort(pattern(1450), s.addr())
+		he, peer, _ := queuedError(t, raw)
+		if he.info != 1300 || he.from != out || peer != s.addr() {
+			t.Errorf("%+v about %v, want MTU 1300 from %v", he, peer, out)
+		}
+		// The container's kernel cuts from now on, the gateway joins, the host cuts again.
+		data := pattern(1440)
+		b.UDP().HandlePackets([]stack.Packet{notDF(udpPacket(addrOf(k), s.addr(), data))})
+		if got, _ := hear(t, k); !bytes.Equal(got, data) {
+			t.Errorf("%d bytes came back", len(got))
+		}
+	})
+}
+
+// notDF takes the DF bit off an IPv4 packet, as the fragments had it that it was made of.
+func notDF(p stack.Packet) stack.Packet {
+	p.IP.DontFragment = p.IP.Version == 6
+	return p
+}
+
 // The way out is narrower than the container's network.
 func TestUDPTooBig(t *testing.T) {
 	b := newBed(t, Config{})
