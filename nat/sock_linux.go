@@ -1,10 +1,12 @@
 package nat
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"strconv"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -46,9 +48,9 @@ func addrPort(sa unix.Sockaddr) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// connect starts a nonblocking connect to dst from an address and port of the kernel's choice. done says that it is complete already, which is the case
-// for services on this machine; then no wake-up is needed.
-func connect(dst netip.AddrPort) (fd int, done bool, err error) {
+// connect starts a nonblocking connect to dst, from an address and port of the kernel's choice or, when port is not 0, from that port. done says that
+// it is complete already, which is the case for services on this machine; then no wake-up is needed.
+func connect(dst netip.AddrPort, port uint16) (fd int, done bool, err error) {
 	sa, family, err := tcpSockaddr(dst)
 	if err != nil {
 		return -1, false, err
@@ -58,33 +60,49 @@ func connect(dst netip.AddrPort) (fd int, done bool, err error) {
 		return -1, false, err
 	}
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	// A port that was bound with this may be bound again while its old connection is in TIME-WAIT; see recycler.
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	if port != 0 {
+		if err := bindPort(fd, family, port); err != nil {
+			unix.Close(fd)
+			return -1, false, errPortTaken
+		}
+	}
 	if err = unix.Connect(fd, sa); err == unix.EINPROGRESS {
 		// On the way back from that call the kernel has taken in whatever a local peer answered at once; asking again tells.
 		err = unix.Connect(fd, sa)
 	}
 	switch err {
 	case nil, unix.EISCONN:
-		if isSelfConnect(fd) {
-			unix.Close(fd)
-			return -1, false, unix.ECONNREFUSED
-		}
 		return fd, true, nil
 	case unix.EALREADY, unix.EINPROGRESS:
 		return fd, false, nil
+	case unix.EADDRNOTAVAIL:
+		if port != 0 {
+			err = errPortTaken
+		}
 	}
 	unix.Close(fd)
 	return -1, false, err
 }
 
-// isSelfConnect reports whether the socket is connected to itself, which TCP's simultaneous open does when a connect to a port of this
-// host that nobody listens on happens to be given that very port as its source.
-func isSelfConnect(fd int) bool {
-	l, err1 := unix.Getsockname(fd)
-	if err1 != nil {
-		return false
+// errPortTaken says that connect could not have the port it was to connect from.
+var errPortTaken = errors.New("source port is taken")
+
+func bindPort(fd, family int, port uint16) error {
+	if family == unix.AF_INET {
+		return unix.Bind(fd, &unix.SockaddrInet4{Port: int(port)})
 	}
-	r, err2 := unix.Getpeername(fd)
-	return err2 == nil && addrPort(l) == addrPort(r)
+	return unix.Bind(fd, &unix.SockaddrInet6{Port: int(port)})
+}
+
+// localAddr is the address and port that a socket is bound to.
+func localAddr(fd int) netip.AddrPort {
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		return netip.AddrPort{}
+	}
+	return addrPort(sa)
 }
 
 // sockErr takes the pending error of a socket.
@@ -109,4 +127,33 @@ func keepAlive(fd int) {
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepIdle)
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepInterval)
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepCount)
+}
+
+// sysRead and sysWrite are recv(2) and send(2) on a nonblocking socket. They do not tell the runtime, which would otherwise take the processor away from the thread when
+// the copying takes more than 20 µs, and wake another thread for it.
+
+func sysRead(fd int, b []byte) (int, error) {
+	return rawIO(unix.SYS_RECVFROM, fd, b, unix.MSG_DONTWAIT)
+}
+
+func sysWrite(fd int, b []byte) (int, error) {
+	return rawIO(unix.SYS_SENDTO, fd, b, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+}
+
+func rawIO(call uintptr, fd int, b []byte, flags uintptr) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	for {
+		n, _, e := unix.RawSyscall6(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), flags, 0, 0)
+		switch e {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			return 0, unix.EAGAIN // without an allocation
+		}
+		return 0, e
+	}
 }

@@ -23,7 +23,7 @@ type tcpNAT struct {
 	closed  bool
 	live    map[*tcpFlow]struct{}
 	dialing dialList
-	wg      sync.WaitGroup // goroutines
+	wg      sync.WaitGroup // flows and goroutines
 	bufs    bufPool
 	loopBuf [smallBuf]byte // the loop's own
 	reserve int            // a descriptor to give up when there is no other, or -1
@@ -31,6 +31,7 @@ type tcpNAT struct {
 	ctx  context.Context // ends with the NAT; for dials into the network
 	stop context.CancelFunc
 
+	recycler  recycler
 	nextSweep time.Time // used on the loop alone
 }
 
@@ -41,6 +42,7 @@ func newTCP(n *NAT) *tcpNAT {
 		halfOpen: newQuota(n.limits.HalfOpen, n.limits.HalfOpenPerContainer),
 		live:     make(map[*tcpFlow]struct{}),
 		reserve:  openReserve(),
+		recycler: recycler{depth: recycleDepth},
 	}
 	t.ctx, t.stop = context.WithCancel(context.Background())
 	return t
@@ -71,7 +73,8 @@ func (n *NAT) HandleTCP(r stack.TCPRequest) {
 		r.Ignore()
 		return
 	}
-	fd, done, err := connect(netip.AddrPortFrom(v.host, dst.Port()))
+	to := netip.AddrPortFrom(v.host, dst.Port())
+	fd, done, err := t.connect(to)
 	if err != nil {
 		t.halfOpen.give(src)
 		t.flows.give(src)
@@ -80,10 +83,10 @@ func (n *NAT) HandleTCP(r stack.TCPRequest) {
 	}
 	if done {
 		t.halfOpen.give(src)
-		t.accept(r, fd, false)
+		t.accept(r, fd, to, false)
 		return
 	}
-	d := &tcpDial{t: t, r: r, fd: fd, deadline: n.now().Add(n.limits.DialTimeout)}
+	d := &tcpDial{t: t, r: r, fd: fd, to: to, deadline: n.now().Add(n.limits.DialTimeout)}
 	if !t.wait(d) {
 		unix.Close(fd)
 		t.halfOpen.give(src)
@@ -119,6 +122,7 @@ type tcpDial struct {
 	t          *tcpNAT
 	r          stack.TCPRequest
 	fd         int
+	to         netip.AddrPort
 	deadline   time.Time
 	prev, next *tcpDial
 	listed     bool
@@ -196,7 +200,7 @@ func (d *tcpDial) ready(uint32) {
 		t.n.answer(d.r, err)
 		return
 	}
-	t.accept(d.r, d.fd, true)
+	t.accept(d.r, d.fd, d.to, true)
 }
 
 // tick is the loop's periodic function.
@@ -247,19 +251,41 @@ func (t *tcpNAT) abandon(d *tcpDial, remove func(int)) {
 	d.r.Ignore()
 }
 
+// connect starts a connect on the host.
+func (t *tcpNAT) connect(to netip.AddrPort) (fd int, done bool, err error) {
+	if port := t.recycler.take(to); port != 0 {
+		if fd, done, err = connect(to, port); err != errPortTaken {
+			return fd, done, err
+		}
+		t.recycler.forget(to)
+	}
+	return connect(to, 0)
+}
+
 // accept answers the container's SYN, now that the host has answered ours, and starts the flow. It does not block.
-func (t *tcpNAT) accept(r stack.TCPRequest, fd int, watched bool) {
-	conn, err := r.Accept()
-	if err != nil { // the container is gone, or the gateway is closed
+func (t *tcpNAT) accept(r stack.TCPRequest, fd int, to netip.AddrPort, watched bool) {
+	fail := func() {
 		if watched {
 			t.n.streams.closing(fd)
 		}
 		resetSock(fd)
 		unix.Close(fd)
 		t.flows.give(r.Src().Addr())
+	}
+	local := localAddr(fd)
+	if local == to {
+		// TCP's simultaneous open has connected the socket to itself: nobody listens, and the kernel's choice of a source port was that very one.
+		fail()
+		r.Refuse()
+		return
+	}
+	conn, err := r.Accept()
+	if err != nil { // the container is gone, or the gateway is closed
+		fail()
 		return
 	}
 	if f := t.newFlow(r.Src().Addr(), fd, conn); f != nil {
+		f.to, f.port = to, local.Port()
 		f.start(watched)
 	}
 }

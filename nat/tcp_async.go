@@ -8,7 +8,7 @@ import (
 )
 
 // tryWriter takes as much of b as it can at once. n < len(b) with a nil error means "not now". It does not block.
-type tryWriter interface {
+type tryWriter = interface {
 	TryWrite(b []byte) (n int, err error)
 }
 

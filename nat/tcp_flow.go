@@ -24,6 +24,8 @@ type tcpFlow struct {
 	t         *tcpNAT
 	container netip.Addr
 	conn      asyncConn
+	to        netip.AddrPort // outbound: where the host's socket is connected to, and
+	port      uint16         // from which port; 0 for a published one
 
 	// rd and wr guard fd: against use after close, nothing more. They are held for one system call and never together with a lock of the stack
 	// being waited for: TryWrite is called with such a lock held. close takes both, in this order.
@@ -34,6 +36,7 @@ type tcpFlow struct {
 
 	down  atomic.Int32 // who reads fd: downIdle and so on
 	ended atomic.Int32 // directions that have ended: 2 is the end
+	first atomic.Int32 // whose FIN came first: 0, fromContainer, fromHost
 	over  atomic.Bool  // taken off the books
 
 	busy   atomic.Bool // bytes moved since the last sweep
@@ -49,6 +52,11 @@ const (
 	downDone         // nobody any more: the host's FIN has come
 )
 
+const (
+	fromContainer = 1 + iota
+	fromHost
+)
+
 // flowEvents are what a flow's socket is watched for. Edge-triggered, so that nothing needs to be switched off while a goroutine reads. EPOLLOUT joins
 // them once the socket was full: before that it would be one useless wake-up for every connection.
 const flowEvents = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET&0xffffffff
@@ -60,6 +68,7 @@ func (t *tcpNAT) newFlow(container netip.Addr, fd int, conn stack.Conn) *tcpFlow
 	t.mu.Lock()
 	if !t.closed {
 		t.live[f] = struct{}{}
+		t.wg.Add(1)
 		first := len(t.live) == 1
 		t.mu.Unlock()
 		if first {
@@ -114,6 +123,7 @@ func (f *tcpFlow) finish(reset bool) {
 	delete(f.t.live, f)
 	f.t.mu.Unlock()
 	f.t.flows.give(f.container)
+	f.t.wg.Done()
 }
 
 // abort ends the flow with a reset to both sides.
@@ -134,7 +144,7 @@ func (f *tcpFlow) TryWrite(b []byte) (int, error) {
 		return 0, unix.EPIPE
 	}
 	f.alive()
-	n, err := retry(unix.Write, f.fd, b)
+	n, err := sysWrite(f.fd, b)
 	if n == len(b) {
 		return n, nil
 	}
@@ -166,6 +176,7 @@ func (f *tcpFlow) containerEnd(err error) {
 		f.abort()
 		return
 	}
+	f.first.CompareAndSwap(0, fromContainer) // before the host can answer
 	f.wr.Lock()
 	if !f.closed {
 		unix.Shutdown(f.fd, unix.SHUT_WR)
@@ -290,6 +301,9 @@ func (f *tcpFlow) hostEnd() {
 	}
 	f.down.Store(downDone)
 	f.checkReset()
+	if !f.first.CompareAndSwap(0, fromHost) && f.port != 0 && !f.over.Load() {
+		f.t.recycler.put(f.to, f.port, f.t.n.now()) // our FIN was the first, so ours is the TIME-WAIT
+	}
 	f.eof()
 }
 
@@ -309,17 +323,7 @@ func (f *tcpFlow) read(b []byte) (int, error) {
 	if f.closed {
 		return 0, unix.EBADF
 	}
-	return retry(unix.Read, f.fd, b)
-}
-
-// retry repeats a system call that a signal interrupted.
-func retry(call func(int, []byte) (int, error), fd int, b []byte) (int, error) {
-	for {
-		n, err := call(fd, b)
-		if err != unix.EINTR {
-			return n, err
-		}
-	}
+	return sysRead(f.fd, b)
 }
 
 // keepAlive switches it on.
@@ -355,6 +359,7 @@ func (t *tcpNAT) sweep() (next time.Duration) {
 		}
 	}
 	t.mu.Unlock()
+	t.recycler.expire(t.n.now())
 	for _, f := range silent {
 		t.n.stats.idleEnded.Add(1)
 		f.abort()

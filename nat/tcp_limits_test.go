@@ -230,3 +230,40 @@ func TestRunEndsWithContext(t *testing.T) {
 	n.Close()
 	n.Close()
 }
+
+// TestRecycle holds that a destination with many connections in TIME-WAIT gets their source ports again, the oldest first, instead of ever new ones.
+func TestRecycle(t *testing.T) {
+	testbed.Require(t)
+	testbed.Leaks(t)
+	ext := testbed.NewExternal(t)
+	l, err := ext.Listen("tcp", netip.AddrPortFrom(ext.Addr4, 80).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	n := startNAT(t, Config{Network: addrNet{}})
+	n.tcp.recycler.depth = 5
+	var ports []uint16
+	for i := range 17 {
+		r := n.try(t, "10.0.2.9:1", l.Addr().String())
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ports = append(ports, netip.MustParseAddrPort(c.RemoteAddr().String()).Port())
+		r.want(t, "accept")
+		r.conn.CloseWrite() // the container closes first
+		if _, err := c.Read(make([]byte, 1)); err == nil {
+			t.Fatal("no FIN")
+		}
+		c.Close()
+		testbed.Eventually(t, 5*time.Second, func() bool { return n.Stats().TCPFlows == 0 })
+		if i >= 5 && ports[i] != ports[i-5] {
+			t.Fatalf("connection %d came from port %d and not from %d; all: %v", i, ports[i], ports[i-5], ports)
+		}
+	}
+	n.tcp.recycler.expire(time.Now().Add(2 * recycleFor))
+	if len(n.tcp.recycler.m) != 0 {
+		t.Fatal("destinations are kept for ever")
+	}
+}
