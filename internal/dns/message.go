@@ -87,11 +87,21 @@ func fit(b []byte, limit int) []byte {
 	m := new(dns.Msg)
 	if err := m.Unpack(b); err == nil {
 		m.Truncate(limit)
+		// The library passes over counts that promise more than there is; who was promised shall ask again.
+		m.Truncated = m.Truncated || len(m.Answer)+len(m.Ns)+len(m.Extra) != records(b)
 		if b, err := m.Pack(); err == nil && len(b) <= limit {
 			return b
 		}
 	}
 	return bare(b)
+}
+
+// records is how many records the header of b promises, over all sections.
+func records(b []byte) (n int) {
+	for i := 6; i < headerLen; i += 2 {
+		n += int(binary.BigEndian.Uint16(b[i:]))
+	}
+	return n
 }
 
 // bare is the answer b cut down to its header and question, with TC set.
