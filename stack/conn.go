@@ -1,14 +1,12 @@
 package stack
 
 import (
-	"errors"
 	"io"
 	"net"
 	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -36,9 +34,19 @@ type conn struct {
 	up             atomic.Bool  // ep is set
 	ready          atomic.Bool  // there is something to read
 	closed         atomic.Bool
+	passive        bool        // the container opened it
+	closeLater     atomic.Bool // Close was called while it shook hands
 	reset          atomic.Bool
 	fate           atomic.Pointer[error] // what ended the connection; netstack tells that only once
 
+	// Segments that came while somebody had the endpoint's lock. Users of the endpoint count themselves in busy and look at the backlog
+	// when they are done; so a segment needs no goroutine of netstack's to be woken for it.
+	busy      atomic.Int32
+	waiting   atomic.Int32 // length of backlog
+	backlogMu sync.Mutex
+	backlog   []*gstack.PacketBuffer
+
+	ack  heldACK
 	pump pump
 }
 
@@ -84,6 +92,16 @@ func (c *conn) endTimeWait() bool {
 	return c.dead()
 }
 
+// enter is called before an operation of the endpoint, leave after it.
+func (c *conn) enter() { c.busy.Add(1) }
+
+func (c *conn) leave() {
+	c.busy.Add(-1)
+	if c.waiting.Load() > 0 {
+		c.drain()
+	}
+}
+
 // NotifyEvent implements waiter.EventListener. It may be called with the endpoint locked, so it only leaves word.
 func (c *conn) NotifyEvent(mask waiter.EventMask) {
 	if mask&(waiter.ReadableEvents|waiter.EventHUp|waiter.EventErr) != 0 {
@@ -94,6 +112,9 @@ func (c *conn) NotifyEvent(mask waiter.EventMask) {
 	}
 	if mask&(waiter.WritableEvents|waiter.EventHUp|waiter.EventErr) != 0 {
 		wake(c.wr)
+	}
+	if c.closeLater.Load() && c.up.Load() && !c.connecting() {
+		go c.closeNow()
 	}
 	if mask&waiter.EventHUp != 0 && c.up.Load() && c.dead() {
 		c.g.flows.remove(c)
@@ -169,11 +190,15 @@ func (c *conn) Read(p []byte) (int, error) {
 		}
 		c.ready.Store(false)
 		w := tcpip.SliceWriter(p)
+		c.enter()
 		res, err := c.ep.Read(&w, tcpip.ReadOptions{})
+		if err == nil {
+			c.ep.ModerateRecvBuf(res.Count)
+		}
+		c.leave()
 		switch err.(type) {
 		case nil:
 			c.ready.Store(true) // there may be more
-			c.ep.ModerateRecvBuf(res.Count)
 			return res.Count, nil
 		case *tcpip.ErrWouldBlock:
 		case *tcpip.ErrNotConnected: // still shaking hands, or just not any more
@@ -229,7 +254,9 @@ func (c *conn) Write(p []byte) (int, error) {
 			return done, opError("write", c.local, c.remote, os.ErrDeadlineExceeded)
 		}
 		src := sliceSource(p[done:])
+		c.enter()
 		n, err := c.ep.Write(&src, tcpip.WriteOptions{})
+		c.leave()
 		done += int(n)
 		switch err.(type) {
 		case nil:
@@ -261,7 +288,10 @@ func (c *conn) CloseWrite() error {
 		}
 	}
 	wake(c.wr)
-	switch err := c.ep.Shutdown(tcpip.ShutdownWrite).(type) {
+	c.enter()
+	err := c.ep.Shutdown(tcpip.ShutdownWrite)
+	c.leave()
+	switch err.(type) {
 	case nil, *tcpip.ErrNotConnected:
 		return nil
 	default:
@@ -274,9 +304,21 @@ func (c *conn) Close() error {
 	if c.closed.Swap(true) {
 		return nil
 	}
-	c.ep.Close()
+	c.closeLater.Store(true)
+	if !c.passive || !c.connecting() {
+		c.closeNow()
+	}
 	c.ended()
 	return nil
+}
+
+// closeNow does what Close put off. Netstack would abort a handshake, but a container that got our SYN-ACK is owed its FIN.
+func (c *conn) closeNow() {
+	if c.closeLater.CompareAndSwap(true, false) {
+		c.enter()
+		c.ep.Close()
+		c.leave()
+	}
 }
 
 // Reset ends the connection with RST at once.
@@ -285,6 +327,7 @@ func (c *conn) Reset() {
 		return
 	}
 	c.closed.Store(true)
+	c.enter()
 	if c.ep.EndpointState() == tcp.StateSynRecv {
 		// Abort is silent then, but the container has our SYN-ACK and believes in the connection.
 		c.ep.SocketOptions().SetLinger(tcpip.LingerOption{Enabled: true})
@@ -292,6 +335,7 @@ func (c *conn) Reset() {
 	} else {
 		c.ep.Abort()
 	}
+	c.leave()
 	c.ended()
 }
 
@@ -317,8 +361,11 @@ func (c *conn) SetReadDeadline(t time.Time) error { c.rdLine.set(t); return nil 
 // SetWriteDeadline bounds Write, ReadFrom and CloseWrite.
 func (c *conn) SetWriteDeadline(t time.Time) error { c.wrLine.set(t); return nil }
 
-// isReset reports whether err means that the container reset the connection.
-func isReset(err error) bool { return errors.Is(err, syscall.ECONNRESET) }
+// KUID and KGID implement tcpip.PacketOwner: netstack notes in each packet of a connection whose it is.
+func (c *conn) KUID() uint32 { return 0 }
+
+// KGID is there for the same reason.
+func (c *conn) KGID() uint32 { return 0 }
 
 // deadline is a moment that ends waiting, as in net.Pipe. The zero deadline never comes.
 type deadline struct {

@@ -33,6 +33,7 @@ func (g *Gateway) DialTCP(ctx context.Context, src, dst netip.AddrPort) (Conn, e
 		return nil, opError("dial", src, dst, errnoOf(terr))
 	}
 	c.setEndpoint(ep.(*tcp.Endpoint))
+	c.ep.SetOwner(c)
 	// One client may talk to several published ports from one port of its own.
 	c.ep.SocketOptions().SetReuseAddress(true)
 	if terr := c.ep.Bind(tcpip.FullAddress{NIC: nicID, Addr: toAddress(src.Addr()), Port: src.Port()}); terr != nil {

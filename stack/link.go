@@ -53,6 +53,9 @@ func (l *link) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Error) {
 	ps := pkts.AsSlice()
 	for _, p := range ps {
 		f := buildFrame(t, p)
+		if c, ok := p.Owner.(*conn); ok && c.ack.hold(g, t, &f, p) {
+			continue
+		}
 		if g.address(&f) {
 			t.add(f)
 		} else {

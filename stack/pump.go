@@ -72,8 +72,8 @@ func (c *conn) push() {
 	}
 }
 
-// afterSegments follows netstack's processing of segments, on the goroutine that read them.
-func (c *conn) afterSegments() {
+// deliver pushes on the goroutine that processed segments, or wakes who waits for them.
+func (c *conn) deliver() {
 	if c.ready.Load() && c.pump.on.Load() && c.pump.mu.TryLock() {
 		c.push()
 		more := c.pump.done || c.pump.full
@@ -125,7 +125,9 @@ func (c *conn) pushTo(w TryWriter) (int64, error) {
 	defer p.mu.Unlock()
 	defer p.on.Store(false)
 	for {
+		c.enter()
 		c.push()
+		c.leave()
 		if p.full {
 			if err := c.pushSlow(w); err != nil {
 				return p.moved, err

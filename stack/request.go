@@ -133,7 +133,8 @@ func (r *request) Accept() (Conn, error) {
 		return nil, r.fail(syscall.EINVAL)
 	}
 	c := newConn(g, r.key, r.dst, r.src)
-	h, terr := startHandshake(g.tcp.listen, s, parseSynSegmentOptions(s), &c.queue, nil)
+	c.passive = true
+	h, terr := startHandshake(g.tcp.listen, s, parseSynSegmentOptions(s), &c.queue, c)
 	segmentDecRef(s)
 	if terr != nil {
 		g.pending.remove(r)

@@ -114,7 +114,7 @@ func (g *Gateway) sortTCP(b *batch, p *Packet) {
 		c = nil
 	}
 	if b.flow != nil && b.flow != c {
-		g.process(b.flow)
+		b.flow.process()
 		b.flow = nil
 	}
 	switch {
@@ -153,33 +153,93 @@ func inPacket(p *Packet) *gstack.PacketBuffer {
 }
 
 // enqueue gives a segment to c's endpoint. It is true when process must be called after; false when somebody else has the endpoint and will
-// look at its queue.
+// look at the backlog.
 func (g *Gateway) enqueue(c *conn, p *Packet) bool {
 	pkt := inPacket(p)
-	defer pkt.DecRef()
-	if !c.ep.TryLock() {
-		g.tcp.proto.QueuePacket(c.ep, c.id, pkt)
-		return false
-	}
-	s, err := newIncomingSegment(c.id, g.tcp.stack.Clock(), pkt)
-	if err != nil {
+	if c.waiting.Load() == 0 && c.ep.TryLock() {
+		c.queueLocked(pkt)
 		c.ep.ResumeWork()
-		g.drops.Add(frame.DropMalformed, 1)
-		return false
+		return true
 	}
-	if !enqueueSegment(c.ep, s) {
-		g.drops.Add(frame.DropTxBusy, 1) // more than the receive buffer, which the peer was told not to send
+	c.backlogMu.Lock()
+	full := len(c.backlog) >= maxBacklog
+	if !full {
+		c.backlog = append(c.backlog, pkt)
+		c.waiting.Add(1)
 	}
-	c.ep.ResumeWork()
-	segmentDecRef(s)
-	return true
+	c.backlogMu.Unlock()
+	if full {
+		pkt.DecRef()
+		g.drops.Add(frame.DropTxBusy, 1)
+	}
+	c.drain()
+	return false
 }
 
-// process runs netstack over the segments queued for c, on this goroutine, and then what the connection's user wants done with the result.
-func (g *Gateway) process(c *conn) {
+// maxBacklog bounds the segments that wait while somebody has the endpoint, which is for microseconds.
+const maxBacklog = 256
+
+// queueLocked moves pkt into the endpoint's queue of segments and gives it back. The endpoint is locked.
+func (c *conn) queueLocked(pkt *gstack.PacketBuffer) {
+	s, err := newIncomingSegment(c.id, c.g.tcp.stack.Clock(), pkt)
+	pkt.DecRef()
+	if err != nil {
+		c.g.drops.Add(frame.DropMalformed, 1)
+		return
+	}
+	if !enqueueSegment(c.ep, s) {
+		c.g.drops.Add(frame.DropTxBusy, 1) // more than the receive buffer, which the peer was told not to send
+	}
+	segmentDecRef(s)
+}
+
+// drain processes the backlog, unless a user of the endpoint is busy, who will then do it.
+func (c *conn) drain() {
+	for c.waiting.Load() > 0 {
+		if c.ep.TryLock() {
+			c.backlogMu.Lock()
+			for i, pkt := range c.backlog {
+				c.queueLocked(pkt)
+				c.backlog[i] = nil
+			}
+			c.backlog = c.backlog[:0]
+			c.waiting.Store(0)
+			c.backlogMu.Unlock()
+			c.ep.ResumeWork()
+			c.processOnce()
+			continue
+		}
+		if c.busy.Load() > 0 {
+			return
+		}
+		// One of netstack's timers has the endpoint. It looks at the endpoint's own queue when it is done.
+		c.backlogMu.Lock()
+		for i, pkt := range c.backlog {
+			c.g.tcp.proto.QueuePacket(c.ep, c.id, pkt)
+			pkt.DecRef()
+			c.backlog[i] = nil
+		}
+		c.backlog = c.backlog[:0]
+		c.waiting.Store(0)
+		c.backlogMu.Unlock()
+	}
+}
+
+// process runs netstack over the segments queued for c, on this goroutine, and then what the connection's user wants done with the result. A
+// bare acknowledgement goes out last: the data it acknowledges is what somebody waits for.
+func (c *conn) process() {
+	c.processOnce()
+	c.drain()
+}
+
+func (c *conn) processOnce() {
+	c.busy.Add(1)
 	c.inline.Add(1)
+	c.ack.open()
 	run(c.ep)
-	c.afterSegments()
+	c.deliver()
+	c.ack.flush(c.g)
+	c.busy.Add(-1)
 }
 
 // run does what netstack's processor goroutine does with an endpoint that has segments.

@@ -38,7 +38,7 @@ func (g *Gateway) flush(b *batch) {
 	if b.flow != nil {
 		c := b.flow
 		b.flow = nil
-		g.process(c)
+		c.process()
 	}
 	g.flushUDP(b)
 	g.flushLocal(b)
