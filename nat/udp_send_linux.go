@@ -47,17 +47,29 @@ func (it *sendItem) datagrams() int {
 	return (len(it.data) + it.seg - 1) / it.seg
 }
 
-// sendGroup lists the items of one socket, in order.
+// sendGroup lists the items of one socket.
 type sendGroup struct {
 	sock       *packetSock
 	head, tail int
 }
+
+// lane is the place in a group where the next item to one destination goes: behind the last, whatever other destinations came between. So
+// a server that answers many clients in turns still sends each its datagrams in one call. Order is kept towards each destination.
+type lane struct {
+	dst   netip.AddrPort
+	group int
+	last  int
+}
+
+// laneLook is how many lanes are looked through, newest first, before an item starts one of its own: it bounds the work for a packet.
+const laneLook = 16
 
 // sendBatch is the scratch of one HandlePackets call. Items are collected, grouped by socket, and flushed.
 type sendBatch struct {
 	u      *udpNAT
 	items  []sendItem
 	groups []sendGroup
+	lanes  []lane
 
 	msgs  [sendMsgs]mmsghdr
 	names [sendMsgs]sockaddr
@@ -93,19 +105,38 @@ func (p *sendPool) put(b *sendBatch) {
 	p.mu.Unlock()
 }
 
-// add queues it behind the other items of its socket.
+// add queues it behind the other items to its destination, or else of its socket.
 func (b *sendBatch) add(it sendItem) {
 	i := len(b.items)
 	it.next = -1
-	b.items = append(b.items, it)
-	for g := len(b.groups) - 1; g >= 0; g-- {
-		if gr := &b.groups[g]; gr.sock == it.sock {
-			b.items[gr.tail].next = i
-			gr.tail = i
-			return
+	for l := len(b.lanes) - 1; l >= max(0, len(b.lanes)-laneLook); l-- {
+		ln := &b.lanes[l]
+		g := &b.groups[ln.group]
+		if g.sock != it.sock || ln.dst != it.dst {
+			continue
 		}
+		it.next = b.items[ln.last].next
+		b.items[ln.last].next = i
+		if g.tail == ln.last {
+			g.tail = i
+		}
+		ln.last = i
+		b.items = append(b.items, it)
+		return
 	}
-	b.groups = append(b.groups, sendGroup{sock: it.sock, head: i, tail: i})
+	g := len(b.groups) - 1
+	for g >= 0 && b.groups[g].sock != it.sock {
+		g--
+	}
+	if g < 0 {
+		g = len(b.groups)
+		b.groups = append(b.groups, sendGroup{sock: it.sock, head: i, tail: i})
+	} else {
+		b.items[b.groups[g].tail].next = i
+		b.groups[g].tail = i
+	}
+	b.items = append(b.items, it)
+	b.lanes = append(b.lanes, lane{dst: it.dst, group: g, last: i})
 }
 
 // flush sends everything.
@@ -115,7 +146,7 @@ func (b *sendBatch) flush() {
 	}
 	clear(b.items)
 	clear(b.groups)
-	b.items, b.groups = b.items[:0], b.groups[:0]
+	b.items, b.groups, b.lanes = b.items[:0], b.groups[:0], b.lanes[:0]
 }
 
 func (b *sendBatch) send(g *sendGroup) {

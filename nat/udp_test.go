@@ -490,6 +490,41 @@ func TestUDPAfterClose(t *testing.T) {
 	}
 }
 
+// One batch with several flows, destinations and sizes in turns: each datagram arrives once, whole, and in order towards its destination.
+func TestUDPMixedBatch(t *testing.T) {
+	b := newBed(t, Config{})
+	var sinks []*net.UDPConn
+	for range 20 { // more than laneLook
+		sinks = append(sinks, bindUDP(t, b.out.NS, b.out.Addr4, 0))
+	}
+	var ps []stack.Packet
+	want := make([][][]byte, len(sinks))
+	for i := range 400 {
+		k := i * 7 % len(sinks)
+		data := pattern(8 + i%5*300)
+		binary.BigEndian.PutUint32(data, uint32(i))
+		src := netip.AddrPortFrom(bedC4, 40000+uint16(i%3))
+		ps = append(ps, udpPacket(src, addrOf(sinks[k]), data))
+		want[k] = append(want[k], data)
+	}
+	b.UDP().HandlePackets(ps)
+	for k, s := range sinks {
+		got := make(map[uint32]bool)
+		lastOf := make(map[uint16]uint32)
+		for range want[k] {
+			d, from := hear(t, s)
+			i := binary.BigEndian.Uint32(d)
+			data := udpData(ps[i])
+			if !bytes.Equal(d, data) || got[i] || lastOf[from.Port()] > i {
+				t.Fatalf("datagram %d: %d bytes of %d, seen before %v, after %d", i, len(d), len(data), got[i], lastOf[from.Port()])
+			}
+			got[i], lastOf[from.Port()] = true, i
+		}
+	}
+}
+
+func udpData(p stack.Packet) []byte { return p.L4()[wire.UDPLen:] }
+
 // The steady state costs no allocation, neither way.
 func TestUDPAllocs(t *testing.T) {
 	b := newBed(t, Config{})
