@@ -138,7 +138,7 @@ func (u *udpNAT) inside(a, like netip.Addr) netip.Addr {
 		version = 4
 	}
 	switch {
-	case !a.IsValid() || a.IsUnspecified() || a.IsLinkLocalUnicast():
+	case !a.IsValid() || a.IsUnspecified() || a.Is6() && a.IsLinkLocalUnicast(): // an IPv6 one means nothing without its link
 		return u.net.Addr(version)
 	case a.IsLoopback():
 		return u.net.HostAlias(version)
