@@ -20,6 +20,10 @@ const (
 	DefaultBatchBytes  = 192 << 10
 )
 
+// DefaultSpin is how long a read loop looks for more before its thread sleeps, unless Config says otherwise. Waking a thread takes about
+// as long.
+const DefaultSpin = 50 * time.Microsecond
+
 // ErrGone is in the chain of Serve's error when the interface no longer exists: its namespace ended or somebody deleted it.
 var ErrGone = errors.New("the interface is gone")
 
@@ -37,6 +41,9 @@ type Config struct {
 	BatchFrames int
 	// BatchBytes bounds one batch in bytes; 0 means DefaultBatchBytes. One frame more may go over it.
 	BatchBytes int
+	// Spin bounds how long a read loop whose queue is empty keeps looking, letting other goroutines run in between, before its thread
+	// sleeps; 0 means DefaultSpin, negative not at all. A loop that looks in vain does so ever more rarely.
+	Spin time.Duration
 	// Drops is where drops are counted; nil gives the Device its own.
 	Drops *frame.DropCounters
 }
@@ -54,6 +61,7 @@ type Device struct {
 	maxLen int // bytes of the longest finished frame that fits the MTU, untagged
 	frames int
 	bytes  int
+	spin   time.Duration
 	drops  *frame.DropCounters
 	queues []*queue
 	pool   sync.Pool // of *scratch
@@ -98,6 +106,9 @@ func New(c Config) (*Device, error) {
 	if c.BatchBytes == 0 {
 		c.BatchBytes = DefaultBatchBytes
 	}
+	if c.Spin == 0 {
+		c.Spin = DefaultSpin
+	}
 	if c.Info.MTU == 0 {
 		c.Info.MTU = DefaultMTU
 	}
@@ -116,6 +127,7 @@ func New(c Config) (*Device, error) {
 		maxLen: wire.EthernetLen + c.Info.MTU,
 		frames: c.BatchFrames,
 		bytes:  c.BatchBytes,
+		spin:   c.Spin,
 		drops:  c.Drops,
 		pool:   sync.Pool{New: func() any { return new(scratch) }},
 	}

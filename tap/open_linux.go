@@ -32,8 +32,6 @@ type OpenConfig struct {
 	Without frame.Caps
 	// Persist lets the interface outlive its last descriptor, with its addresses and routes.
 	Persist bool
-	// NAPI passes written frames through GRO (IFF_NAPI). It merges small segments at the cost of a softirq a frame.
-	NAPI bool
 }
 
 // Info describes an opened device to whoever gets its descriptors. It travels beside them as JSON.
@@ -117,9 +115,6 @@ func openVnet(c OpenConfig, h *Handle, multi bool) (err error) {
 	if multi {
 		flags |= unix.IFF_MULTI_QUEUE
 		n = c.Queues
-	}
-	if c.NAPI {
-		flags |= unix.IFF_NAPI
 	}
 	name := c.Name
 	for range n {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +23,7 @@ type reader struct {
 	hdrLen int
 	arena  []byte
 	fs     []frame.Frame
+	spin   spinner
 }
 
 // Serve reads queue and hands what it reads to sink, a batch at a time, until ctx is done or the Device is closed (nil), or the
@@ -38,11 +40,7 @@ func (d *Device) Serve(ctx context.Context, queue int, sink frame.Sink) error {
 	defer d.endServe(q)
 	defer context.AfterFunc(ctx, q.interrupt)()
 
-	r := reader{d: d, q: q, fs: make([]frame.Frame, 0, d.frames)}
-	if d.info.VnetHdr {
-		r.hdrLen = wire.VirtioNetHdrLen
-	}
-	r.arena = make([]byte, d.bytes+r.room()+arenaAlign)
+	r := newReader(d, queue)
 	if err := r.loop(sink); err != nil {
 		return fmt.Errorf("tap %q: queue %d: %w", d.info.Name, queue, err)
 	}
@@ -74,25 +72,42 @@ func (d *Device) endServe(q *queue) {
 	d.serves.Done()
 }
 
+func newReader(d *Device, queue int) *reader {
+	r := &reader{d: d, q: d.queues[queue], fs: make([]frame.Frame, 0, d.frames)}
+	if d.info.VnetHdr {
+		r.hdrLen = wire.VirtioNetHdrLen
+	}
+	r.arena = make([]byte, d.bytes+r.room()+arenaAlign)
+	return r
+}
+
 // room is what the longest record needs, and one byte by which a longer one is noticed.
 func (r *reader) room() int { return r.hdrLen + wire.MaxFrame + 1 }
 
 func (r *reader) loop(sink frame.Sink) error {
 	for !r.q.stop.Load() {
-		more, err := r.fill()
-		if len(r.fs) > 0 {
-			sink.Forward(r.fs)
-		}
-		if err != nil {
+		if err := r.step(sink); err != nil {
 			return err
-		}
-		if !more {
-			if err := r.wait(); err != nil {
-				return err
-			}
 		}
 	}
 	return nil
+}
+
+// step forwards one batch; when there is none it looks again for a while, and then waits.
+func (r *reader) step(sink frame.Sink) error {
+	more, err := r.fill()
+	if len(r.fs) > 0 {
+		r.spin.found()
+		sink.Forward(r.fs)
+	}
+	if err != nil || more {
+		return err
+	}
+	if r.spin.again(r.d.spin) {
+		runtime.Gosched()
+		return nil
+	}
+	return r.wait()
 }
 
 // fill reads until the queue is empty (more is false) or the batch is full.

@@ -3,6 +3,7 @@ package tap
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"strings"
@@ -16,7 +17,16 @@ import (
 	"patchbay/internal/wire"
 )
 
-func TestMain(m *testing.M) { testbed.Main(m) }
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == argRR {
+		if err := rrMain(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	testbed.Main(m)
+}
 
 // cable is a Sink that transmits everything to another Device: the simplest switch there is.
 type cable struct {
@@ -56,8 +66,14 @@ func (f sinkFunc) Forward(fs []frame.Frame) { f(fs) }
 // open makes a TAP in ns, configures it and hands it to a Device that the test closes.
 func open(t testing.TB, ns *testbed.NS, oc OpenConfig, ic IfConfig) *Device {
 	t.Helper()
+	return openWith(t, ns, oc, ic, Config{})
+}
+
+func openWith(t testing.TB, ns *testbed.NS, oc OpenConfig, ic IfConfig, c Config) *Device {
+	t.Helper()
 	h := openHandle(t, ns, oc, ic)
-	d, err := New(Config{Info: h.Info, FDs: h.FDs})
+	c.Info, c.FDs = h.Info, h.FDs
+	d, err := New(c)
 	if err != nil {
 		h.Close()
 		t.Fatal(err)
@@ -119,10 +135,15 @@ type pair struct {
 
 func newPair(t testing.TB, oa, ob OpenConfig, mtu int) *pair {
 	t.Helper()
+	return newPairWith(t, oa, ob, mtu, Config{})
+}
+
+func newPairWith(t testing.TB, oa, ob OpenConfig, mtu int, c Config) *pair {
+	t.Helper()
 	p := &pair{a: testbed.NewNS(t, "a"), b: testbed.NewNS(t, "b")}
 	oa.Name, ob.Name = "eth0", "eth0"
-	p.da = open(t, p.a, oa, IfConfig{MTU: mtu, MAC: wire.MAC{2, 0, 0, 0, 0, 1}, Addrs: prefixes("10.1.0.1/24", "fd01::1/64")})
-	p.db = open(t, p.b, ob, IfConfig{MTU: mtu, MAC: wire.MAC{2, 0, 0, 0, 0, 2}, Addrs: prefixes("10.1.0.2/24", "fd01::2/64")})
+	p.da = openWith(t, p.a, oa, IfConfig{MTU: mtu, MAC: wire.MAC{2, 0, 0, 0, 0, 1}, Addrs: prefixes("10.1.0.1/24", "fd01::1/64")}, c)
+	p.db = openWith(t, p.b, ob, IfConfig{MTU: mtu, MAC: wire.MAC{2, 0, 0, 0, 0, 2}, Addrs: prefixes("10.1.0.2/24", "fd01::2/64")}, c)
 	p.ab, p.ba = &cable{to: p.db}, &cable{to: p.da}
 	serve(t, p.da, p.ab)
 	serve(t, p.db, p.ba)

@@ -123,7 +123,6 @@ func TestTraffic(t *testing.T) {
 		{"offload", vnet, vnet, 1500, true},
 		{"offload 9000", vnet, vnet, 9000, true},
 		{"queues", OpenConfig{Queues: 2}, OpenConfig{Queues: 3}, 1500, true},
-		{"napi", OpenConfig{NAPI: true}, OpenConfig{NAPI: true}, 1500, true},
 		{"offload to plain", vnet, plain, 1500, true},
 		{"plain to offload", plain, vnet, 1500, false},
 		{"plain", plain, plain, 1500, false},
