@@ -22,6 +22,8 @@ const (
 	floodsLen = 5 + 12
 	// maxFloodBack bounds what one small request can ask of a server.
 	maxFloodBack = 60 * time.Second
+	// minDatagrams make a rate: the time of the last arrival is noted every so many.
+	minDatagrams = 64
 	// maxSessions bounds the server's table; the oldest sessions give way.
 	maxSessions = 1024
 )
@@ -62,9 +64,11 @@ func Flood(ctx context.Context, c Config) (Result, error) {
 		}
 		n, err := s.Read(buf)
 		if err == nil && n == countLen && buf[0] == opCount && binary.BigEndian.Uint32(buf[1:]) == session {
-			return Result{
-				Sent: sent, Received: getInt64(buf[5:]), Bytes: getInt64(buf[13:]), Elapsed: time.Duration(getInt64(buf[21:])),
-			}, nil
+			res := Result{Sent: sent, Received: getInt64(buf[5:]), Bytes: getInt64(buf[13:]), Elapsed: time.Duration(getInt64(buf[21:]))}
+			if res.Received < minDatagrams {
+				return res, fmt.Errorf("flood to %s: %d of %d datagrams arrived, too few for a rate", c.Addr, res.Received, sent)
+			}
+			return res, nil
 		}
 	}
 	return Result{Sent: sent}, fmt.Errorf("flood to %s: the server did not say what arrived", c.Addr)
@@ -121,13 +125,13 @@ func floodBack(ctx context.Context, s blockingSocket, c Config, session uint32) 
 		if res.Received++; res.Received == 1 {
 			first = time.Now()
 		}
-		if res.Received&63 == 0 {
+		if res.Received%minDatagrams == 0 {
 			last = time.Now()
 		}
 		res.Bytes += int64(n)
 	}
-	if res.Received < 64 {
-		return res, fmt.Errorf("flood from %s: %d datagrams arrived", c.Addr, res.Received)
+	if res.Received < minDatagrams {
+		return res, fmt.Errorf("flood from %s: %d datagrams arrived, too few for a rate", c.Addr, res.Received)
 	}
 	res.Elapsed = last.Sub(first)
 	return res, nil
@@ -174,7 +178,7 @@ func (s *Server) serveUDP(ctx context.Context, u blockingSocket) {
 			}
 			cur.count++
 			cur.bytes += int64(n)
-			if cur.count&63 == 0 {
+			if cur.count%minDatagrams == 0 {
 				cur.last = time.Now()
 			}
 		case opQuery:

@@ -1,0 +1,53 @@
+// Package bench measures patchbay beside the kernel and its peers, in one run, on the machine it is called on.
+//
+// # Theory of operation
+//
+// Figures of this kind mean little unless they prove what was measured and stand beside others from the same minute. So:
+//
+//   - Everything happens in namespaces that the bench makes itself, as an ordinary user or as root; nothing of the host is touched.
+//   - A round measures every contender once, the kernel first; each figure carries its ratio to the kernel's of the same round. Ratios travel to other
+//     machines, absolute figures do not.
+//   - A contender is set up anew for each round, its daemons run as a user without capabilities over the namespace that plays the host, and what ran is
+//     read back from /proc and the device: executables, arguments, MTU, offloads.
+//   - A contender that is missing or fails is a line with its reason, never left out in silence.
+//   - CPU time that neither the contender nor the generator used, and time stolen by the hypervisor, are sampled; a measurement that had much of
+//     either is made once more.
+//
+// The processes are
+//
+//	patchbay bench            Run: collects events, draws the progress line, writes the report
+//	└─ inner scenarios        root of a fresh user, PID, mount and network namespace: builds topologies, starts contenders
+//	   ├─ inner serve         the far side: load.Serve in a namespace of its own
+//	   └─ contender           in the namespace that plays the host, as an ordinary user: see below
+//	      └─ inner agent      the near side, behind the contender: takes measurements as JSON lines on its standard input
+//
+// A contender is `patchbay run -- … inner agent`, or `inner user`, which starts the agent in namespaces of its own and then a daemon such as slirp4netns
+// that joins them, or `inner node`, two containers on one network. All of these are this same binary: a program that calls Run must hand the
+// arguments after "bench inner" to Inner.
+//
+// The topology of scenario nat; only the middle differs between contenders:
+//
+//	[client] ── contender ── [host] 198.18.0.2 ── veth, MTU 1500 ── 198.18.0.1 [server]
+//
+// and of scenario switch:
+//
+//	[client] ── contender ── [server]
+//
+// # Ownership
+//
+// The processes of a contender are killed at its end, whatever they forked; the PID namespace ends what escapes that. Files are written by Run only, below
+// Config.Report.
+//
+// # Concurrency
+//
+// One Run at a time is meaningful on a machine, since two would measure each other.
+//
+// # Limits
+//
+// IPv4 only so far. The CPU time of a daemon is known to 10 ms, so runs shorter than a second make its seconds per GB coarse. Foreign CPU time contains the
+// kernel's own threads.
+//
+// # References
+//
+// RFC 2544 for the addresses and the habit of saying what was offered and what was delivered; proc(5) for the accounting.
+package bench

@@ -1,0 +1,205 @@
+package bench
+
+import (
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strings"
+)
+
+// column is a measure in a table of the report.
+type column struct {
+	measure, title string
+	scale          float64 // value in the unit of the title
+	plain          bool    // no ratio, where the kernel has none or it says nothing
+}
+
+type table struct {
+	scenario, title string
+	columns         []column
+}
+
+var tables = []table{
+	{scenarioSwitch, "two namespaces joined, MTU 1500", []column{
+		{"tcp", "TCP 1 stream Gbit/s", 1, false}, {"udp 64", "UDP 64 B delivered k/s", 1e-3, false},
+		{"rr", "TCP RR k/s", 1e-3, false}, {"rr p50", "RR p50 µs", 1, false}, {"rr p99", "RR p99 µs", 1, false},
+	}},
+	{scenarioSwitch, "what it costs", []column{
+		{"tcp cpu", "daemon CPU s/GB", 1, true}, {"tcp system cpu", "system CPU s/GB", 1, false}, {"udp 64 loss", "UDP 64 B lost", 1, true},
+		{"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true},
+	}},
+	{scenarioNAT, "throughput", []column{
+		{"tcp out", "TCP out Gbit/s", 1, false}, {"tcp in", "TCP in Gbit/s", 1, false},
+		{"udp out", "UDP 1400 B out delivered k/s", 1e-3, false}, {"udp in", "UDP 1400 B in delivered k/s", 1e-3, false},
+	}},
+	{scenarioNAT, "request and response over one connection", []column{
+		{"rr", "RR k/s", 1e-3, false}, {"rr p50", "p50 µs", 1, false}, {"rr p99", "p99 µs", 1, false},
+	}},
+	{scenarioNAT, "connect, request, close; one at a time", []column{
+		{"crr 1", "k/s", 1e-3, false}, {"crr 1 p50", "p50 µs", 1, false}, {"crr 1 p99", "p99 µs", 1, false}, {"crr 1 max", "max ms", 1e-3, false}, {"crr 1 failed", "failed", 1, true},
+	}},
+	{scenarioNAT, "connect, request, close; 16 at a time", []column{
+		{"crr 16", "k/s", 1e-3, false}, {"crr 16 p50", "p50 µs", 1, false}, {"crr 16 p99", "p99 µs", 1, false}, {"crr 16 max", "max ms", 1e-3, false}, {"crr 16 failed", "failed", 1, true},
+	}},
+	{scenarioNAT, "what it costs", []column{
+		{"tcp out cpu", "daemon CPU s/GB out", 1, true}, {"tcp in cpu", "daemon CPU s/GB in", 1, true},
+		{"tcp out system cpu", "system CPU s/GB out", 1, false}, {"udp out loss", "UDP out lost", 1, true}, {"udp in loss", "UDP in lost", 1, true},
+		{"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true},
+	}},
+}
+
+// summary is a measure of a contender over all rounds.
+type summary struct {
+	n                int
+	median, min, max float64
+	ratio            float64 // median of the rounds' ratios; NaN where there is none
+}
+
+type summaryKey struct{ scenario, peer, measure string }
+
+func summarize(rows []Row) map[summaryKey]summary {
+	values, ratios := map[summaryKey][]float64{}, map[summaryKey][]float64{}
+	for _, r := range rows {
+		k := summaryKey{r.Scenario, r.Peer, r.Measure}
+		values[k] = append(values[k], r.Value)
+		if r.Ratio != nil {
+			ratios[k] = append(ratios[k], *r.Ratio)
+		}
+	}
+	out := map[summaryKey]summary{}
+	for k, vs := range values {
+		out[k] = summary{n: len(vs), median: median(vs), min: slices.Min(vs), max: slices.Max(vs), ratio: median(ratios[k])}
+	}
+	return out
+}
+
+// median of vs, NaN of none.
+func median(vs []float64) float64 {
+	if len(vs) == 0 {
+		return math.NaN()
+	}
+	s := slices.Sorted(slices.Values(vs))
+	return (s[(len(s)-1)/2] + s[len(s)/2]) / 2
+}
+
+// number has three significant digits, and as many as it takes before the point.
+func number(v float64) string {
+	switch a := math.Abs(v); {
+	case math.IsNaN(v):
+		return "–"
+	case a >= 99.95:
+		return fmt.Sprintf("%.0f", v)
+	case a >= 9.995:
+		return fmt.Sprintf("%.1f", v)
+	case a >= 0.0995 || a == 0:
+		return fmt.Sprintf("%.2f", v)
+	}
+	return fmt.Sprintf("%.3f", v)
+}
+
+// cell is "median (min–max) ratio×"; a single round has no range.
+func (s summary) cell(c column) string {
+	if s.n == 0 {
+		return "–"
+	}
+	out := number(s.median * c.scale)
+	if s.n > 1 {
+		out += fmt.Sprintf(" (%s–%s)", number(s.min*c.scale), number(s.max*c.scale))
+	}
+	if !c.plain && !math.IsNaN(s.ratio) {
+		out += fmt.Sprintf(" **%s×**", number(s.ratio))
+	}
+	return out
+}
+
+// Markdown renders results: where it was measured, a table for each question, the goals, who was measured and who was not.
+func Markdown(res Results, goals []Goal) string {
+	var b strings.Builder
+	sums := summarize(res.Rows)
+	b.WriteString("# patchbay bench\n\n")
+	if len(res.Rows) > 0 {
+		r := res.Rows[0]
+		rounds, foreign := 0, 0.0
+		for _, r := range res.Rows {
+			rounds, foreign = max(rounds, r.Round), max(foreign, r.Foreign+r.Steal)
+		}
+		fmt.Fprintf(&b, "%s, %s, %d cores, Linux %s, patchbay %s. %d rounds of %s s a measurement. Cells: median (min–max) **ratio to the kernel of the same round**. Others used at most %.0f %% of the machine during a measurement.\n",
+			r.Date.Format("2006-01-02"), r.CPU, r.Cores, r.Kernel, r.Commit, rounds, number(r.Seconds), foreign*100)
+	}
+	for _, t := range tables {
+		t.write(&b, res.Rows, sums)
+	}
+	writeGoals(&b, sums, goals)
+	writeContenders(&b, res.Rows)
+	if len(res.Absent) > 0 {
+		b.WriteString("\n## Not measured\n\n")
+		for _, a := range res.Absent {
+			fmt.Fprintf(&b, "- %s: %s\n", a.subject(), a.reason())
+		}
+	}
+	return b.String()
+}
+
+// contenders is who has rows in a scenario, in the order of their first ones.
+func contenders(rows []Row, scenario string) (out []string) {
+	for _, r := range rows {
+		if r.Scenario == scenario && !slices.Contains(out, r.Peer) {
+			out = append(out, r.Peer)
+		}
+	}
+	return out
+}
+
+func (t table) write(b *strings.Builder, rows []Row, sums map[summaryKey]summary) {
+	peers := contenders(rows, t.scenario)
+	if len(peers) == 0 {
+		return
+	}
+	fmt.Fprintf(b, "\n## %s: %s\n\n| |", t.scenario, t.title)
+	for _, c := range t.columns {
+		fmt.Fprintf(b, " %s |", c.title)
+	}
+	b.WriteString("\n|---|" + strings.Repeat("---|", len(t.columns)) + "\n")
+	for _, p := range peers {
+		fmt.Fprintf(b, "| %s |", p)
+		for _, c := range t.columns {
+			fmt.Fprintf(b, " %s |", sums[summaryKey{t.scenario, p, c.measure}].cell(c))
+		}
+		b.WriteString("\n")
+	}
+}
+
+// writeContenders says what ran: version, MTU and offloads read back, command lines from /proc.
+func writeContenders(b *strings.Builder, rows []Row) {
+	first := map[string]Row{}
+	var order []string
+	for _, r := range rows {
+		k := r.Scenario + " " + r.Peer
+		if _, ok := first[k]; !ok {
+			first[k], order = r, append(order, k)
+		}
+	}
+	if len(order) == 0 {
+		return
+	}
+	b.WriteString("\n## What ran\n\n")
+	for _, k := range order {
+		r := first[k]
+		fmt.Fprintf(b, "- **%s** %s, MTU %d, offloads: %s\n", k, r.Version, r.MTU, offloadText(r.Offloads))
+		for _, p := range r.Processes {
+			fmt.Fprintf(b, "  - `%s`: `%s`\n", p.Exe, strings.Join(p.Argv, " "))
+		}
+	}
+}
+
+func offloadText(fs []string) string {
+	if len(fs) == 0 {
+		return "none"
+	}
+	seen := map[string]bool{}
+	for _, f := range fs {
+		seen[f] = true
+	}
+	return strings.Join(slices.Sorted(maps.Keys(seen)), " ")
+}

@@ -1,0 +1,309 @@
+package bench
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// eventFD is where the process inside finds the pipe to the one outside.
+const eventFD = 3
+
+// innerConfig is what Run tells the process inside the namespaces.
+type innerConfig struct {
+	Scenarios []string
+	Peers     string
+	Rounds    int
+	Time      time.Duration
+	Commit    string
+	Dir       string // for sockets; removed by Run
+}
+
+// More than this share of the machine's time used by others, or stolen, and a measurement is made once more. Below repeatFrom the shares are too
+// coarse to tell.
+const (
+	tooForeign = 0.15
+	tooStolen  = 0.05
+	repeatFrom = time.Second
+)
+
+// scenarios is the process inside: PID 1 of its namespace.
+func scenarios(ctx context.Context, args []string) error {
+	if len(args) != 1 || os.Getpid() != 1 {
+		return errors.New("for Run's own use")
+	}
+	unix.CloseOnExec(eventFD)
+	r := &runner{out: json.NewEncoder(os.NewFile(eventFD, "events")), machine: thisMachine()}
+	if err := json.Unmarshal([]byte(args[0]), &r.cfg); err != nil {
+		return err
+	}
+	if err := r.run(ctx); err != nil {
+		return r.emit(event{Failed: err.Error()})
+	}
+	return nil
+}
+
+// runner measures.
+type runner struct {
+	cfg     innerConfig
+	machine Machine
+
+	mu  sync.Mutex
+	out *json.Encoder
+
+	began       time.Time
+	done, total int // measurements
+}
+
+// entrant is a contender that can run here.
+type entrant struct {
+	peer
+	paths   map[string]string
+	version string
+}
+
+func (r *runner) emit(e event) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.out.Encode(e)
+}
+
+func (r *runner) run(ctx context.Context) error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return fmt.Errorf("mount /proc of a new PID namespace: %w; a container that masks parts of /proc forbids that", err)
+	}
+	entrants := map[string][]entrant{}
+	for _, sc := range r.cfg.Scenarios {
+		chosen, _ := choose(sc, r.cfg.Peers)
+		for _, p := range chosen {
+			paths, err := p.findAll()
+			if err != nil {
+				if err := r.emit(event{Absent: &Absence{Scenario: sc, Peer: p.name, Reason: err.Error()}}); err != nil {
+					return err
+				}
+				continue
+			}
+			entrants[sc] = append(entrants[sc], entrant{p, paths, p.versionOf(ctx, paths, r.cfg.Commit, r.machine)})
+			r.total += r.cfg.Rounds * len(measurementsOf(sc))
+		}
+	}
+	r.began = time.Now()
+	for _, sc := range r.cfg.Scenarios {
+		for round := 1; round <= r.cfg.Rounds; round++ {
+			base := map[string]float64{}
+			for _, e := range inRound(entrants[sc], round) {
+				if err := r.contend(sc, round, e, base); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func measurementsOf(scenario string) []measurement {
+	if scenario == scenarioNAT {
+		return natMeasurements
+	}
+	return switchMeasurements
+}
+
+// inRound is the order of a round: the baseline first, the others turned by one each time, so that none always follows the same one.
+func inRound(es []entrant, round int) []entrant {
+	if len(es) < 3 || es[0].name != peerKernel {
+		return es
+	}
+	out := []entrant{es[0]}
+	rest := es[1:]
+	for i := range rest {
+		out = append(out, rest[(i+round-1)%len(rest)])
+	}
+	return out
+}
+
+// contend measures one contender in one round. base has the kernel's values of the round. An error is one of the bench, not of the contender.
+func (r *runner) contend(sc string, round int, e entrant, base map[string]float64) error {
+	ms := measurementsOf(sc)
+	planned := r.done + len(ms)
+	defer func() { r.done = planned }()
+	dir := filepath.Join(r.cfg.Dir, fmt.Sprintf("%s-%d-%d", sc, round, r.done))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	s := newSite(dir, e.paths)
+	defer s.close()
+	step := Step{Scenario: sc, Round: round, Rounds: r.cfg.Rounds, Peer: e.name, Measure: "start", Left: r.left()}
+	if err := r.emit(event{Step: &step}); err != nil {
+		return err
+	}
+	if err := s.open(sc); err != nil {
+		return err
+	}
+	absent := func(measure string, err error) error {
+		return r.emit(event{Absent: &Absence{Scenario: sc, Peer: e.name, Round: round, Measure: measure, Reason: err.Error()}})
+	}
+	if err := e.start(s); err != nil {
+		return absent("", err)
+	}
+	row := Row{
+		Scenario: sc, Peer: e.name, Version: e.version, Round: round, Commit: r.cfg.Commit, Machine: r.machine, Seconds: r.cfg.Time.Seconds(),
+		MTU: s.agent.greeting.MTU, Offloads: s.agent.greeting.Offloads, Processes: describe(daemons()),
+	}
+	report := func(row Row, vs []value) error {
+		for _, v := range vs {
+			row.Measure, row.Value, row.Unit, row.Ratio, row.Date = v.measure, v.v, v.unit, nil, time.Now().UTC().Truncate(time.Second)
+			if e.name == peerKernel {
+				base[v.measure] = v.v
+			}
+			if b := base[v.measure]; b > 0 {
+				q := v.v / b
+				row.Ratio = &q
+			}
+			if err := r.emit(event{Row: &row}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	for _, m := range ms {
+		step.Measure, step.Rate, step.Left = m.name, "", r.left()
+		vs, n, err := r.measure(s, m, step)
+		r.done++
+		if err != nil {
+			if err := absent(m.name, s.why(err)); err != nil {
+				return err
+			}
+			continue
+		}
+		row := row
+		row.Foreign, row.Steal, row.Direction, row.Streams = n.foreign, n.steal, m.direction, max(m.cfg.Streams, 1)
+		if err := report(row, vs); err != nil {
+			return err
+		}
+	}
+	if e.name == peerKernel {
+		return nil
+	}
+	now, peak, err := memoryOf(daemons())
+	if err != nil {
+		return absent("rss", err)
+	}
+	return report(row, []value{{"rss", float64(now) / (1 << 20), "MiB"}, {"rss peak", float64(peak) / (1 << 20), "MiB"}})
+}
+
+// noise is what else happened on the machine, as shares of its time.
+type noise struct{ foreign, steal float64 }
+
+func (n noise) loud() bool { return n.foreign > tooForeign || n.steal > tooStolen }
+
+// measure takes one measurement, and takes it once more if the machine was not quiet; the quieter one counts.
+func (r *runner) measure(s *site, m measurement, step Step) ([]value, noise, error) {
+	vs, n, err := r.measureOnce(s, m, step)
+	if err == nil && n.loud() && r.cfg.Time >= repeatFrom {
+		vs2, n2, err2 := r.measureOnce(s, m, step)
+		if err2 == nil && n2.foreign+n2.steal < n.foreign+n.steal {
+			return vs2, n2, nil
+		}
+	}
+	return vs, n, err
+}
+
+func (r *runner) measureOnce(s *site, m measurement, step Step) ([]value, noise, error) {
+	stop := r.watch(m, step)
+	defer stop()
+	ds := daemons()
+	cpu0, err := readCPU()
+	if err != nil {
+		return nil, noise{}, err
+	}
+	all0, own0 := allTicks(), ticksOf(ds)
+	rep, err := s.agent.do(m, r.cfg.Time)
+	if err != nil {
+		return nil, noise{}, err
+	}
+	all1, own1 := allTicks(), ticksOf(ds)
+	cpu1, err := readCPU()
+	if err != nil {
+		return nil, noise{}, err
+	}
+	vs, err := m.values(rep.Result)
+	if err != nil {
+		return nil, noise{}, err
+	}
+	if gb := float64(rep.Result.Bytes) / 1e9; m.kind == "stream" {
+		if len(ds) > 0 {
+			vs = append(vs, value{m.name + " cpu", float64(own1-own0) / ticksPerSecond / gb, "s/GB"})
+		}
+		vs = append(vs, value{m.name + " system cpu", float64(cpu1.busy()-cpu0.busy()) / ticksPerSecond / gb, "s/GB"})
+	}
+	return vs, noiseBetween(cpu0, cpu1, all1-min(all0, all1)), nil
+}
+
+// noiseBetween is what else happened between two readings, when our own processes used so many ticks.
+func noiseBetween(a, b cpuTimes, own uint64) noise {
+	total := float64(b.total() - a.total())
+	if total <= 0 {
+		return noise{}
+	}
+	foreign := float64(b.tasks-a.tasks) - float64(own)
+	return noise{foreign: max(foreign, 0) / total, steal: float64(b.steal-a.steal) / total}
+}
+
+func allTicks() (n uint64) {
+	for _, p := range processes() {
+		n += p.ticks
+	}
+	return n
+}
+
+// left estimates how long the rest of the run takes.
+func (r *runner) left() time.Duration {
+	each := r.cfg.Time + 300*time.Millisecond
+	if r.done > 0 {
+		each = time.Since(r.began) / time.Duration(r.done)
+	}
+	return each * time.Duration(r.total-r.done)
+}
+
+// watch tells the rate of the measurement under way, as the far side's interface counts it.
+func (r *runner) watch(m measurement, step Step) (stop func()) {
+	done, gone := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(gone)
+		_ = r.emit(event{Step: &step}) // whoever is gone does not look
+		file := fmt.Sprintf("/proc/%d/net/dev", far())
+		tick := time.NewTicker(500 * time.Millisecond)
+		defer tick.Stop()
+		began, left := time.Now(), step.Left
+		b0, _ := os.ReadFile(file) // the rate is decoration
+		bytes0, packets0 := parseNetDev(string(b0))
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+			}
+			b, _ := os.ReadFile(file)
+			bytes, packets := parseNetDev(string(b))
+			s := time.Since(began).Seconds()
+			if m.kind == "stream" {
+				step.Rate = fmt.Sprintf("%.2f Gbit/s", float64(bytes-bytes0)*8/s/1e9)
+			} else {
+				step.Rate = fmt.Sprintf("%.0f k packets/s", float64(packets-packets0)/s/1e3)
+			}
+			step.Left = left - time.Since(began)
+			_ = r.emit(event{Step: &step})
+		}
+	}()
+	return func() { close(done); <-gone }
+}
