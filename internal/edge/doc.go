@@ -1,2 +1,60 @@
-// Package edge runs a command in new namespaces, with the process in between that opens the container's interfaces from inside.
+// Package edge runs a command in new namespaces, with a process in between that opens the container's interfaces from inside and hands
+// their descriptors out, so that the node needs no rights over any namespace.
+//
+// # Theory of operation
+//
+//	parent   the node: an ordinary user in the host's namespaces
+//	  │ socketpair: descriptors out, go-ahead in, signals in, exit status out
+//	edge     this program once more (/proc/self/exe), root of new user, network, mount, UTS and perhaps PID namespaces
+//	  │ fork, exec
+//	COMMAND
+//
+// Start writes a Spec into a memory file and starts the edge process, which makes its mounts private, opens and configures the TAPs (package
+// tap), sends their descriptors, sets up host name, /proc, /sys/class/net, resolv.conf and hosts while the parent already
+// attaches the descriptors to its switch, and waits. Release lets it execute COMMAND. It then waits for COMMAND, takes in orphans, keeps
+// a duplicate of each descriptor, so that the carrier stays up whatever becomes of the node, and reports how COMMAND ended. main calls Main
+// first, which in an edge process never returns.
+//
+// COMMAND inherits what it would under env(1) or unshare(1): streams, other descriptors under their numbers, working directory, umask,
+// limits, signal mask, process group and terminal. Files of the container live on a tmpfs that is reachable by bind mounts alone; nothing is
+// on disk. Where /etc/resolv.conf is absent or a symlink to nowhere, a tmpfs with everything else bound into it stands in for /etc.
+//
+// # Signals
+//
+// All three processes are in one process group. What a terminal, or a shell's kill %1, sends to the group reaches COMMAND by itself; what is
+// sent to the parent alone has to be passed on. The parent cannot tell the two apart, since Go does not say who sent a signal, but the
+// edge process can: it has seen the first kind too. So the parent reports each signal and the edge process decides (ownSignals). When
+// COMMAND stops itself, the parent stops as well if it is its terminal's foreground job.
+//
+// # Teardown
+//
+// The container ends with COMMAND, and whoever is left in it is killed. With a PID namespace the kernel sees to that, also when the parent or the
+// edge process is killed. Without one the edge process is a subreaper: COMMAND's descendants, daemons too, become its children when their
+// parents end, and it kills them when COMMAND ends or the socket to the parent does. If the edge process is killed, COMMAND gets
+// SIGKILL from the kernel and the orphans become children of the parent, a subreaper too, which knows them by their user namespace.
+// What remains when both are killed at once, without a PID namespace: COMMAND dies, descendants of it live on, without a network,
+// since the TAP goes with its last descriptor.
+//
+// # Ownership
+//
+// The descriptors of Devices are the caller's. A Process owns the edge process and everything in the container; Wait or Close has seen
+// it all end when it returns. The edge process is inside the container's trust domain (with its ids mapped to root, COMMAND may trace it): the
+// parent takes descriptors only before COMMAND exists, and believes it nothing but a status.
+//
+// # Concurrency
+//
+// Process is safe for concurrent use. Start may be called by several goroutines; ForwardSignals by one at a time in a process.
+//
+// # Limits
+//
+// Signals that were ignored when the parent started stay ignored for COMMAND as far as Go's runtime lets a program know: SIGHUP, SIGINT, with it
+// SIGQUIT, and the stop signals; not SIGTERM, SIGPIPE, SIGUSR1 and the like. The signals that end a Go program cannot be inherited
+// blocked. A signal sent to the parent alone arrives some 5 ms late, and within 20 ms of the same signal to the group it is taken for
+// that one. Descriptors 0, 1 and 2 that were closed are /dev/null. COMMAND's first PID in a PID namespace is near 10: the threads of
+// PID 1 have numbers too.
+//
+// # References
+//
+// user_namespaces(7), pid_namespaces(7), mount_namespaces(7), prctl(2) (PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG), signalfd(2), credentials(7);
+// Linux kernel/exit.c (find_new_reaper), kernel/signal.c (prepare_signal).
 package edge

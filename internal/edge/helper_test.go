@@ -154,7 +154,8 @@ func start(t testing.TB, cmd *exec.Cmd) *background {
 func (b *background) expect(s string, n int) {
 	b.t.Helper()
 	if !testbed.Wait(5*time.Second, func() bool { return strings.Count(b.out.String(), s) >= n }) {
-		b.t.Fatalf("no %q, %d times, in:\n%s", s, n, b.out.String())
+		ps, _ := exec.Command("ps", "-eo", "pid,ppid,pgid,stat,wchan,args").Output()
+		b.t.Fatalf("no %q, %d times, in:\n%s\n%s", s, n, b.out.String(), ps)
 	}
 }
 
