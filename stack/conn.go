@@ -46,11 +46,12 @@ type conn struct {
 	backlogMu sync.Mutex
 	backlog   []*gstack.PacketBuffer
 
+	src  sliceSource // what Write writes; here, so that it need not be allocated
 	ack  heldACK
 	pump pump
 }
 
-var _ Conn = (*conn)(nil)
+var _ AsyncConn = (*conn)(nil)
 
 func newConn(g *Gateway, key flowKey, local, remote netip.AddrPort) *conn {
 	c := &conn{g: g, key: key, id: key.id(), local: local, remote: remote, rd: make(chan struct{}, 1), wr: make(chan struct{}, 1)}
@@ -107,7 +108,11 @@ func (c *conn) NotifyEvent(mask waiter.EventMask) {
 	if mask&(waiter.ReadableEvents|waiter.EventHUp|waiter.EventErr) != 0 {
 		c.ready.Store(true)
 		if c.inline.Load() == 0 {
-			wake(c.rd)
+			if c.pump.on.Load() {
+				c.kick()
+			} else {
+				wake(c.rd)
+			}
 		}
 	}
 	if mask&(waiter.WritableEvents|waiter.EventHUp|waiter.EventErr) != 0 {
@@ -240,6 +245,16 @@ func (s *sliceSource) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// writeSome queues what there is room for.
+func (c *conn) writeSome(p []byte) (int, tcpip.Error) {
+	c.src = p
+	c.enter()
+	n, err := c.ep.Write(&c.src, tcpip.WriteOptions{})
+	c.leave()
+	c.src = nil
+	return int(n), err
+}
+
 // Write queues all of p, waiting for room.
 func (c *conn) Write(p []byte) (int, error) {
 	done := 0
@@ -253,11 +268,8 @@ func (c *conn) Write(p []byte) (int, error) {
 		if c.wrLine.over() {
 			return done, opError("write", c.local, c.remote, os.ErrDeadlineExceeded)
 		}
-		src := sliceSource(p[done:])
-		c.enter()
-		n, err := c.ep.Write(&src, tcpip.WriteOptions{})
-		c.leave()
-		done += int(n)
+		n, err := c.writeSome(p[done:])
+		done += n
 		switch err.(type) {
 		case nil:
 			if n > 0 {

@@ -99,6 +99,22 @@ type TryWriter interface {
 	TryWrite(b []byte) (n int, err error)
 }
 
+// AsyncConn is a Conn that needs no goroutine to wait on it. Those of a Gateway are such.
+type AsyncConn interface {
+	Conn
+	// Pump gives what arrives to w.TryWrite, on whatever goroutine brings it, and returns at once. When w takes less than it was given, with a nil error,
+	// nothing more comes until Resume. TryWrite may be called with locks of the stack held: it must not block nor call methods of the Conn. end is called
+	// once, without a lock held, after the container's FIN (nil) or an error of either side; not after Close or Reset. Call Pump once, and neither Read nor WriteTo
+	// after it.
+	Pump(w interface {
+		TryWrite(b []byte) (n int, err error)
+	}, end func(error))
+	// Resume says that w takes bytes again. It moves what has arrived on the caller's goroutine.
+	Resume()
+	// TryWrite queues as much of b as there is room for and does not block. n < len(b) with a nil error means that Write would wait.
+	TryWrite(b []byte) (n int, err error)
+}
+
 // Network is what the services behind the gateway (nat, dns, dhcp) need of it. *Gateway implements it.
 type Network interface {
 	// Send puts IP packets on the network. fs[i].Data[14:] is an IP packet, complete but for what fs[i].Hdr says (offsets in

@@ -205,9 +205,19 @@ func TestHalfClose(t *testing.T) {
 func TestReset(t *testing.T) {
 	cfg := testConfig()
 	conns := make(chan Conn, 1)
-	cfg.Handlers.TCP = accepting(func(c Conn) { conns <- c })
+	var early atomic.Bool
+	cfg.Handlers.TCP = tcpFunc(func(r TCPRequest) {
+		c, err := r.Accept()
+		if err != nil {
+			t.Error(err)
+		} else if early.Load() {
+			c.Reset()
+		} else {
+			conns <- c
+		}
+	})
 	w := newWorld(t, cfg, tap.OpenConfig{})
-	for _, op := range []string{"read", "writeto", "push", "write", "closed half"} {
+	for _, op := range []string{"read", "writeto", "push", "pump", "write", "closed half"} {
 		c := w.dial(t, "192.0.2.7:80")
 		s := <-conns
 		s.SetDeadline(time.Now().Add(patience))
@@ -222,6 +232,8 @@ func TestReset(t *testing.T) {
 			go func() { _, err := s.WriteTo(struct{ io.Writer }{io.Discard}); done <- err }()
 		case "push":
 			go func() { _, err := s.WriteTo(&sink{}); done <- err }()
+		case "pump":
+			s.(AsyncConn).Pump(tryOnly{&sink{}}, func(err error) { done <- err })
 		case "write":
 			go func() {
 				for {
@@ -292,12 +304,7 @@ func TestReset(t *testing.T) {
 		}
 	}
 	// At once behind Accept, before the container's ACK.
-	cfg2 := tcpFunc(func(r TCPRequest) {
-		if c, err := r.Accept(); err == nil {
-			c.Reset()
-		}
-	})
-	w.gw.cfg.Handlers.TCP = cfg2
+	early.Store(true)
 	w.Do(func() {
 		c, err := net.DialTimeout("tcp", "192.0.2.7:80", patience)
 		if err == nil {
@@ -341,6 +348,11 @@ func (s *sink) Write(b []byte) (int, error) {
 	return s.sum.Write(b)
 }
 
+// tryOnly hides Write.
+type tryOnly struct{ s *sink }
+
+func (w tryOnly) TryWrite(b []byte) (int, error) { return w.s.TryWrite(b) }
+
 // TestBulk moves megabytes both ways in every fashion and compares digests.
 func TestBulk(t *testing.T) {
 	testbed.Leaks(t)
@@ -357,7 +369,7 @@ func TestBulk(t *testing.T) {
 		rand.NewChaCha8([32]byte{1}).Read(data)
 		want := sha256.Sum256(data)
 		for _, to := range []string{"192.0.2.7:80", "[2001:db8::7]:80"} {
-			for _, how := range []string{"write", "readfrom", "read", "writeto", "push", "push slow"} {
+			for _, how := range []string{"write", "readfrom", "read", "writeto", "push", "push slow", "pump", "trywrite"} {
 				c := w.dial(t, to)
 				c.SetDeadline(time.Now().Add(3 * patience))
 				s := <-conns
@@ -366,11 +378,20 @@ func TestBulk(t *testing.T) {
 				var err error
 				var wg sync.WaitGroup
 				switch how {
-				case "write", "readfrom":
+				case "write", "readfrom", "trywrite":
 					wg.Go(func() { io.Copy(&got, c) })
-					if how == "write" {
+					switch how {
+					case "write":
 						_, err = s.Write(data)
-					} else {
+					case "trywrite":
+						for d := data; len(d) > 0 && err == nil; {
+							var n int
+							if n, err = s.(AsyncConn).TryWrite(d); n == 0 {
+								time.Sleep(time.Millisecond)
+							}
+							d = d[n:]
+						}
+					default:
 						_, err = s.ReadFrom(struct{ io.Reader }{bytes.NewReader(data)})
 					}
 					s.CloseWrite()
@@ -389,6 +410,21 @@ func TestBulk(t *testing.T) {
 					case "push slow":
 						k := &sink{n: 30000, busy: 3}
 						_, err = s.WriteTo(k)
+						got = k.sum
+					case "pump":
+						k := &sink{n: 100000, busy: 7}
+						end := make(chan error, 1)
+						s.(AsyncConn).Pump(tryOnly{k}, func(err error) { end <- err })
+						tick := time.NewTicker(time.Millisecond)
+						for waiting := true; waiting; {
+							select {
+							case err = <-end:
+								waiting = false
+							case <-tick.C:
+								s.(AsyncConn).Resume()
+							}
+						}
+						tick.Stop()
 						got = k.sum
 					}
 					wg.Wait()

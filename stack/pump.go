@@ -4,18 +4,24 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 )
 
-// pump moves what arrives on a connection to the writer of WriteTo. Whoever holds mu does the moving: the goroutine that read the segments off
-// the network, as long as the writer takes everything at once, else the goroutine that is in WriteTo.
+// pump moves what arrives on a connection to the writer of Pump or WriteTo. Whoever holds mu does the moving, usually the goroutine that read
+// the segments off the network.
+//
+// Nothing is lost between goroutines because of two orders: ready is set before mu is tried, and looked at again after mu was let go.
 type pump struct {
+	on     atomic.Bool // Pump or WriteTo is under way
+	kicked atomic.Bool // a goroutine is on its way to push
+
 	mu    sync.Mutex
-	on    atomic.Bool // WriteTo runs with a TryWriter
-	w     TryWriter
+	w     interface{ TryWrite([]byte) (int, error) }
+	end   func(error) // of Pump; nil for WriteTo, which is woken instead
 	moved int64
 	done  bool  // nothing more will come
 	err   error // why, nil for a FIN
@@ -45,10 +51,12 @@ func (c *conn) push() {
 	for !p.done && !p.full {
 		c.ready.Store(false)
 		before := p.moved
+		c.busy.Add(1) // without leave: whoever called looks at the backlog
 		_, err := c.ep.Read(p, tcpip.ReadOptions{})
 		if n := int(p.moved - before); n > 0 {
 			c.ep.ModerateRecvBuf(n)
 		}
+		c.busy.Add(-1)
 		if p.done || p.full {
 			return
 		}
@@ -72,20 +80,92 @@ func (c *conn) push() {
 	}
 }
 
-// deliver pushes on the goroutine that processed segments, or wakes who waits for them.
+// deliver is called when something may have arrived, with no lock held. It pushes, unless somebody is at it already, who will look again.
 func (c *conn) deliver() {
-	if c.ready.Load() && c.pump.on.Load() && c.pump.mu.TryLock() {
+	p := &c.pump
+	for p.on.Load() && c.ready.Load() {
+		if !p.mu.TryLock() {
+			return
+		}
+		if !p.on.Load() {
+			p.mu.Unlock()
+			return
+		}
 		c.push()
-		more := c.pump.done || c.pump.full
-		c.pump.mu.Unlock()
-		if more {
+		full, done, end, err := p.full, p.done, p.end, p.err
+		if done && end != nil {
+			p.on.Store(false)
+		}
+		p.mu.Unlock()
+		switch {
+		case end == nil && (done || full):
 			wake(c.rd)
+			return
+		case done:
+			if !c.closed.Load() {
+				end(err)
+			}
+			return
+		case full:
+			return
 		}
 	}
+}
+
+// kick has another goroutine deliver, where the caller must not: the endpoint is locked.
+func (c *conn) kick() {
+	if c.pump.kicked.CompareAndSwap(false, true) {
+		go func() {
+			c.pump.kicked.Store(false)
+			c.deliver()
+			c.drain()
+		}()
+	}
+}
+
+// afterSegments follows netstack's processing of segments, on the goroutine that processed them.
+func (c *conn) afterSegments() {
+	c.deliver()
 	c.inline.Add(-1)
 	if c.ready.Load() {
+		c.announce()
+	}
+}
+
+// announce tells whoever waits for it that there is something to read.
+func (c *conn) announce() {
+	if c.pump.on.Load() {
+		c.deliver()
+	} else {
 		wake(c.rd)
 	}
+}
+
+// Pump gives what arrives to w on the goroutine that brings it; see AsyncConn.
+func (c *conn) Pump(w interface{ TryWrite([]byte) (int, error) }, end func(error)) {
+	c.start(w, end)
+	c.deliver()
+	c.drain()
+}
+
+// Resume says that the writer of Pump takes bytes again; see AsyncConn.
+func (c *conn) Resume() {
+	p := &c.pump
+	p.mu.Lock()
+	p.full = false
+	c.ready.Store(true)
+	p.mu.Unlock()
+	c.deliver()
+	c.drain()
+}
+
+func (c *conn) start(w interface{ TryWrite([]byte) (int, error) }, end func(error)) {
+	p := &c.pump
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.w, p.end, p.moved, p.done, p.err, p.full = w, end, 0, false, nil, false
+	c.ready.Store(true)
+	p.on.Store(true)
 }
 
 // pumpBuffers are what WriteTo and ReadFrom copy through where they have to.
@@ -117,56 +197,80 @@ func (c *conn) WriteTo(w io.Writer) (int64, error) {
 	}
 }
 
+// pushTo is WriteTo for a writer that can be given bytes from elsewhere. This goroutine sleeps until there is an end, or the writer is full.
 func (c *conn) pushTo(w TryWriter) (int64, error) {
 	p := &c.pump
-	p.mu.Lock()
-	p.w, p.moved, p.done, p.err, p.full = w, 0, false, nil, false
-	p.on.Store(true)
-	defer p.mu.Unlock()
+	c.start(w, nil)
 	defer p.on.Store(false)
 	for {
-		c.enter()
-		c.push()
-		c.leave()
-		if p.full {
-			if err := c.pushSlow(w); err != nil {
-				return p.moved, err
-			}
+		c.deliver()
+		c.drain()
+		p.mu.Lock()
+		for p.full && !p.done {
+			c.pushSlow(w)
+		}
+		moved, done, err := p.moved, p.done, p.err
+		p.mu.Unlock()
+		if done {
+			return moved, err
+		}
+		if c.ready.Load() {
 			continue
 		}
-		if p.done {
-			return p.moved, p.err
+		if err := c.wait("read", c.rd, &c.rdLine); err != nil {
+			return moved, err
 		}
-		p.mu.Unlock()
-		err := c.wait("read", c.rd, &c.rdLine)
-		p.mu.Lock()
-		if err == nil && c.closed.Load() {
-			err = opError("read", c.local, c.remote, net.ErrClosed)
-		}
-		if err != nil && !p.done {
-			return p.moved, err
+		if c.closed.Load() {
+			return moved, opError("read", c.local, c.remote, net.ErrClosed)
 		}
 	}
 }
 
 // pushSlow waits for w with one buffer of what has arrived. c.pump.mu is held all the time, so that nobody overtakes.
-func (c *conn) pushSlow(w io.Writer) error {
+func (c *conn) pushSlow(w io.Writer) {
 	p := &c.pump
 	buf := pumpBuffers.Get().(*[64 << 10]byte)
 	defer pumpBuffers.Put(buf)
 	n, err := c.Read(buf[:])
 	p.full = false
+	c.ready.Store(true)
 	if n > 0 {
 		m, werr := w.Write(buf[:n])
 		p.moved += int64(m)
 		if werr != nil {
-			return werr
+			p.done, p.err = true, werr
+			return
 		}
 	}
-	if err == io.EOF {
-		p.done, err = true, nil
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		p.done = true
+		if err != io.EOF {
+			p.err = err
+		}
 	}
-	return err
+}
+
+// TryWrite queues as much of b as there is room for; see AsyncConn.
+func (c *conn) TryWrite(b []byte) (int, error) {
+	done := 0
+	for done < len(b) {
+		if c.closed.Load() {
+			return done, opError("write", c.local, c.remote, net.ErrClosed)
+		}
+		n, err := c.writeSome(b[done:])
+		done += n
+		switch err.(type) {
+		case nil:
+			if n == 0 {
+				return done, nil
+			}
+		case *tcpip.ErrWouldBlock:
+			return done, nil
+		default:
+			return done, c.errFor("write", err)
+		}
+	}
+	return done, nil
 }
 
 // ReadFrom sends what r yields until its end or an error.

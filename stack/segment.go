@@ -237,7 +237,7 @@ func (c *conn) processOnce() {
 	c.inline.Add(1)
 	c.ack.open()
 	run(c.ep)
-	c.deliver()
+	c.afterSegments()
 	c.ack.flush(c.g)
 	c.busy.Add(-1)
 }
