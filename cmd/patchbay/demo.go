@@ -33,6 +33,9 @@ const (
 	demoLoadPort = "7070"
 )
 
+// demoEnd is the last line of the client's report.
+const demoEnd = "."
+
 // demoCommand runs the main job where everyone can see it: two containers on one network, on the real data path.
 func demoCommand() *cli.Command {
 	return &cli.Command{
@@ -84,24 +87,34 @@ func demo(ctx context.Context, out io.Writer, port int) (err error) {
 	if err != nil {
 		return err
 	}
-	web, err := startDemo(ctx, network, "web", os.Stderr, []nat.Spec{spec}, "web")
+	web, err := startDemo(ctx, network, "web", edge.Stdio{Out: os.Stderr}, []nat.Spec{spec}, "web")
 	if err != nil {
 		return err
 	}
 	defer web.Close()
-	// The report fits the pipe, so nobody needs to read while it is written.
 	report, reportIn, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer report.Close()
-	client, err := startDemo(ctx, network, "client", reportIn, nil, "client", "web", hostLoad.Addr().String())
+	hold, release, err := os.Pipe() // the client stays until release is closed, so that its port can be shown
+	if err != nil {
+		reportIn.Close()
+		return err
+	}
+	defer release.Close()
+	client, err := startDemo(ctx, network, "client", edge.Stdio{In: hold, Out: reportIn}, nil, "client", "web", hostLoad.Addr().String())
 	reportIn.Close()
+	hold.Close()
 	if err != nil {
 		return err
 	}
 	defer client.Close()
-	fmt.Fprintf(out, "Two containers are up after %d ms, without root and without a change to this host.\n\n", time.Since(began).Milliseconds())
+	who := "as an ordinary user"
+	if os.Geteuid() == 0 {
+		who = "as root this time, which it does not need"
+	}
+	fmt.Fprintf(out, "Two containers are up after %d ms, %s, without a change to this host.\n\n", time.Since(began).Milliseconds(), who)
 	printTopology(out, network.Status(), spec)
 
 	fmt.Fprintf(out, "measuring, about 9 seconds …\n\n")
@@ -110,20 +123,24 @@ func demo(ctx context.Context, out io.Writer, port int) (err error) {
 	if err != nil {
 		return fmt.Errorf("published port: %w", err)
 	}
+	fmt.Fprintf(out, "host → published port  GET %s\n    %s\n", url, published)
+	finished := false
+	for sc := bufio.NewScanner(report); !finished && sc.Scan(); {
+		if finished = sc.Text() == demoEnd; !finished {
+			fmt.Fprintln(out, sc.Text())
+		}
+	}
+	end := network.Status()
+	release.Close()
 	st, err := client.Wait()
 	if err != nil {
 		return err
 	}
-	if st.ExitCode() != 0 {
+	if st.ExitCode() != 0 || !finished {
 		return fmt.Errorf("the client container ended with %s", st)
 	}
-	fmt.Fprintf(out, "host → published port  GET %s\n    %s\n", url, published)
-	sc := bufio.NewScanner(report)
-	for sc.Scan() {
-		fmt.Fprintln(out, sc.Text())
-	}
 	fmt.Fprintln(out)
-	printCounters(out, network.Status())
+	printCounters(out, end)
 	fmt.Fprintf(out, "\nDone in %.1f s; both containers are gone.\n", time.Since(began).Seconds())
 	return nil
 }
@@ -143,11 +160,11 @@ func demoPublish(port int) (nat.Spec, error) {
 	return nat.Spec{}, errors.New("no free port from 8080 to 8179; name one with --port")
 }
 
-func startDemo(ctx context.Context, network *node.Network, name string, stdout *os.File, publish []nat.Spec, args ...string) (*node.Container, error) {
+func startDemo(ctx context.Context, network *node.Network, name string, stdio edge.Stdio, publish []nat.Spec, args ...string) (*node.Container, error) {
 	return network.Start(ctx, node.ContainerConfig{
 		Name: name, Publish: publish,
 		Process: edge.Spec{Net: edge.NetPrivate, PID: true, Argv: append([]string{"/proc/self/exe", "demo"}, args...), Env: os.Environ(), Dir: "/"},
-		Stdio:   edge.Stdio{Out: stdout},
+		Stdio:   stdio,
 	})
 }
 
@@ -239,7 +256,9 @@ func demoClient(ctx context.Context, out io.Writer, peer, hostLoad string) error
 		}
 		fmt.Fprintf(out, "%-22s %s\n", m.label, demoText[m.kind]+describe(m.kind, res))
 	}
-	return nil
+	fmt.Fprintln(out, demoEnd)
+	_, err = io.Copy(io.Discard, os.Stdin) // until the demonstration has looked at the counters
+	return err
 }
 
 var demoText = map[string]string{

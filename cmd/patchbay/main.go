@@ -45,7 +45,7 @@ func newApp() *cli.App {
 			fmt.Fprintf(os.Stderr, "patchbay: %q is not a command; see patchbay --help\n", name)
 			os.Exit(exitOwnFailure)
 		},
-		Commands: []*cli.Command{runCommand(), demoCommand(), loadCommand(), benchCommand(), versionCommand(), completionCommand()},
+		Commands: []*cli.Command{runCommand(), demoCommand(), loadCommand(), benchCommand(), doctorCommand(), doctorInside(), versionCommand(), completionCommand()},
 	}
 }
 
