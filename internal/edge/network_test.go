@@ -235,7 +235,7 @@ func TestRefusals(t *testing.T) {
 		{"no TUN device", private, in("mount -t tmpfs none /dev/net"), "open tap \"eth0\": open /dev/net/tun: no such file or directory: load the driver (modprobe tun)"},
 		{"TUN device not openable", private, in("mount -t tmpfs none /dev/net; : >/dev/net/tun; chmod 0 /dev/net/tun; setcap() { :; }"), "open tap \"eth0\""},
 		{"no rights over TUN device", private, in("mount -t tmpfs -o size=64k none /dev/net; mkdir /dev/net/tun"), "open tap \"eth0\""},
-		{"chroot", private, in(`mount --rbind / /mnt; exec chroot /mnt bash -c 'exec -a "$0" "$1"' "$0" "$1"`), "namespaces: operation not permitted; user namespaces are refused: in a chroot leave it"},
+		{"chroot", private, in(`mount --rbind / /mnt; exec chroot /mnt bash -c 'exec -a "$0" "$1"' "$0" "$1"`), "namespaces: operation not permitted; a sandbox forbids it"},
 		{"bad MTU", Spec{Interfaces: []Interface{{Name: "eth0", MTU: 7}}, Argv: []string{"true"}}, nil, "MTU 7: use 68 to"},
 		{"long name", Spec{Interfaces: []Interface{{Name: "abcdefghijklmnopq"}}, Argv: []string{"true"}}, nil, "at most 15 bytes"},
 		{"interface without network", Spec{Net: NetNone, Interfaces: []Interface{{Name: "eth0"}}, Argv: []string{"true"}}, nil, "use \"private\""},
@@ -259,7 +259,7 @@ func TestNoUserNamespaces(t *testing.T) {
 	cmd := run(t, Spec{Net: NetNone, Argv: []string{"true"}})
 	cmd.SysProcAttr = nil // an ordinary user could not even be made
 	code, out := finish(t, cmd)
-	if code != 125 || !strings.Contains(out, "user namespaces are switched off: set the sysctl user.max_user_namespaces above 0") || strings.Count(out, "\n") != 1 {
+	if code != 125 || !strings.Contains(out, "no space left on device; sudo sysctl -w user.max_user_namespaces=") || strings.Count(out, "\n") != 1 {
 		t.Errorf("status %d, output %q", code, out)
 	}
 	_, err := Start(context.Background(), Spec{Net: NetNone, Argv: []string{"true"}}, Stdio{})

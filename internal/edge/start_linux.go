@@ -183,9 +183,10 @@ var edgeEnv = []string{"GOGC=off", "GOMEMLIMIT=16MiB", "GOMAXPROCS=2", "GOTRACEB
 // opened there (3>file patchbay run …).
 func childFiles(std Stdio, sock, specFD int) []uintptr {
 	files := make([]uintptr, max(sock, specFD)+1)
+	own := [3]*os.File{os.Stdin, os.Stdout, os.Stderr}
 	for i, f := range []*os.File{std.In, std.Out, std.Err} {
 		files[i] = uintptr(i)
-		if f != nil {
+		if f != nil && f != own[i] { // Fd would make a terminal blocking for everybody who has it
 			files[i] = f.Fd()
 		}
 	}
