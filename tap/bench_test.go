@@ -47,6 +47,11 @@ var pairs = []struct {
 		p := newPairWith(t, OpenConfig{}, OpenConfig{}, 1500, Config{Spin: -1})
 		return joined{p.a, p.b}
 	}},
+	{"packet", func(t testing.TB) joined {
+		oc := OpenConfig{Kind: KindPacket}
+		p := newPairWith(t, oc, oc, 1500, Config{})
+		return joined{p.a, p.b}
+	}},
 	{"plain", func(t testing.TB) joined {
 		p := newPairWith(t, OpenConfig{Plain: true}, OpenConfig{Plain: true}, 1500, Config{})
 		return joined{p.a, p.b}

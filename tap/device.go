@@ -148,7 +148,11 @@ func New(c Config) (*Device, error) {
 
 // checkFD makes sure that what came over the socket is what the message said, and makes it non-blocking.
 func checkFD(fd int, info Info) error {
-	if name, flags, err := getIff(fd); err == nil {
+	if info.Kind == KindPacket {
+		if n, err := unix.GetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR); err != nil || n != 1 || !info.VnetHdr {
+			return fmt.Errorf("tap %q: descriptor %d is no packet socket with a virtio header (%v)", info.Name, fd, err)
+		}
+	} else if name, flags, err := getIff(fd); err == nil {
 		if flags&unix.IFF_TAP == 0 {
 			return fmt.Errorf("tap %q: descriptor %d is %q, a TUN, not a TAP: open it with IFF_TAP", info.Name, fd, name)
 		}

@@ -17,18 +17,56 @@ const DevicePath = "/dev/net/tun"
 // MaxQueues bounds OpenConfig.Queues. Linux allows 256 to a device.
 const MaxQueues = 64
 
+// Kind is how an interface reaches the switch. As text it is "tap", "packet" or "auto".
+type Kind uint8
+
+const (
+	// KindTAP is a TAP: fast, and needs /dev/net/tun.
+	KindTAP Kind = iota
+	// KindPacket is a veth pair whose far end is a packet socket: for machines where /dev/net/tun is absent or closed. It carries
+	// the same superframes, has one queue, and ends with its last descriptor.
+	KindPacket
+	// KindAuto is for OpenConfig alone: a TAP, or where there is none to be had a packet socket.
+	KindAuto
+)
+
+var kindText = [...]string{KindTAP: "tap", KindPacket: "packet", KindAuto: "auto"}
+
+func (k Kind) String() string {
+	if int(k) >= len(kindText) {
+		return fmt.Sprintf("Kind(%d)", uint8(k))
+	}
+	return kindText[k]
+}
+
+// MarshalText writes what String says.
+func (k Kind) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
+
+// UnmarshalText reads what String writes.
+func (k *Kind) UnmarshalText(b []byte) error {
+	for i, s := range kindText {
+		if s == string(b) {
+			*k = Kind(i)
+			return nil
+		}
+	}
+	return fmt.Errorf("kind of interface %q: use tap, packet or auto", b)
+}
+
 // OpenConfig says which TAP to open. The zero value is a new single-queue TAP with a name of the kernel's choice and every offload the
 // kernel has.
 type OpenConfig struct {
 	// Name of the interface, at most 15 bytes. Empty: the kernel picks tap0, tap1, … A persistent interface of that name that nobody
 	// holds is taken over with its addresses.
 	Name string
+	// Kind is what to open.
+	Kind Kind
 	// Queues is how many file descriptors to open; 0 means 1, at most MaxQueues. A kernel without multi-queue yields 1.
 	Queues int
 	// Plain leaves out the virtio header and so every offload. It is what remains where the kernel or a sandbox refuses the header,
 	// and the baseline of benchmarks.
 	Plain bool
-	// Without takes these capabilities away although the kernel has them.
+	// Without takes these capabilities away although the kernel has them. A packet socket then still yields such frames.
 	Without frame.Caps
 	// Persist lets the interface outlive its last descriptor, with its addresses and routes.
 	Persist bool
@@ -38,6 +76,8 @@ type OpenConfig struct {
 type Info struct {
 	// Name of the interface in its namespace at the time it was opened. A namespace's owner may rename it later.
 	Name string `json:"name"`
+	// Kind of the descriptors: KindTAP or KindPacket.
+	Kind Kind `json:"kind"`
 	// MAC of the container's side.
 	MAC wire.MAC `json:"mac"`
 	// MTU of the container's side: bytes of IP packet.
@@ -83,6 +123,15 @@ func Open(c OpenConfig) (*Handle, error) {
 		return nil, fmt.Errorf("open tap %q: interface names have at most %d bytes", c.Name, unix.IFNAMSIZ-1)
 	}
 	h := &Handle{}
+	switch c.Kind {
+	case KindPacket:
+		return openPacket(c, h)
+	case KindAuto:
+		if err := canOpenTUN(); err != nil {
+			h.Notes = append(h.Notes, fmt.Sprintf("%v: using a packet socket", explainOpen(c.Name, err)))
+			return openPacket(c, h)
+		}
+	}
 	if c.Plain {
 		return openPlain(c, h)
 	}
@@ -102,6 +151,15 @@ func Open(c OpenConfig) (*Handle, error) {
 		return openPlain(c, h)
 	}
 	return nil, explainOpen(c.Name, err)
+}
+
+// canOpenTUN is nil when the clone device can be opened.
+func canOpenTUN() error {
+	fd, err := unix.Open(DevicePath, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: DevicePath, Err: err}
+	}
+	return unix.Close(fd)
 }
 
 // openVnet opens c.Queues descriptors with a virtio header (one, unless multi) and fills in h. On error nothing stays open.

@@ -128,6 +128,11 @@ func TestTraffic(t *testing.T) {
 		{"plain", plain, plain, 1500, false},
 		{"plain queues", OpenConfig{Plain: true, Queues: 2}, plain, 9000, false},
 		{"checksum only", OpenConfig{Without: frame.CapAll &^ frame.CapCsum}, OpenConfig{Without: frame.CapAll &^ frame.CapCsum}, 1500, false},
+		{"packet", OpenConfig{Kind: KindPacket}, OpenConfig{Kind: KindPacket}, 1500, true},
+		{"packet 9000", OpenConfig{Kind: KindPacket}, OpenConfig{Kind: KindPacket}, 9000, true},
+		{"packet to offload", OpenConfig{Kind: KindPacket}, vnet, 1500, true},
+		{"plain to packet", plain, OpenConfig{Kind: KindPacket}, 1500, false},
+		{"packet to plain", OpenConfig{Kind: KindPacket}, plain, 1500, true},
 		{"offload to none", vnet, OpenConfig{Without: frame.CapAll}, 1500, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -170,7 +175,7 @@ func TestTrafficUDPSegmentation(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		b    OpenConfig
-	}{{"offload", OpenConfig{}}, {"plain", OpenConfig{Plain: true}}} {
+	}{{"offload", OpenConfig{}}, {"plain", OpenConfig{Plain: true}}, {"packet", OpenConfig{Kind: KindPacket}}} {
 		t.Run(c.name, func(t *testing.T) {
 			p := newPair(t, OpenConfig{}, c.b, 1500)
 			if p.da.Caps()&frame.CapUSO == 0 {
