@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"patchbay/bench/load"
+	"patchbay/frame"
 	"patchbay/internal/testbed"
 )
 
@@ -145,6 +146,7 @@ func TestManyFlows(t *testing.T) {
 	for _, c := range conns {
 		c.Close()
 	}
+	testbed.Eventually(t, 20*time.Second, func() bool { return nw.Stats().TCPFlows == 0 })
 
 	// A program of its own makes the short ones, so that what is measured here is the NAT and not the client.
 	srv := o.Command(self(t), "load-serve", netip.AddrPortFrom(o.Addr4, 7000).String())
@@ -166,6 +168,8 @@ func TestManyFlows(t *testing.T) {
 			}
 			if r.Max >= time.Second { // what a lost SYN costs
 				t.Errorf("the slowest took %v", r.Max)
+				nw.Drops().Each(func(d frame.Drop, n uint64) { t.Logf("NAT: %s %d", d, n) })
+				nw.gw.Drops().Each(func(d frame.Drop, n uint64) { t.Logf("gateway: %s %d", d, n) })
 			}
 		}
 	}
