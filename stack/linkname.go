@@ -13,7 +13,7 @@ import (
 
 // The functions below are netstack's own, reached by name because it does not export them. They are what its processor goroutines
 // (tcp/dispatcher.go) and its Forwarder (tcp/forwarder.go, tcp/accept.go) run. Calling them here saves a goroutine hand-off for every segment, a wake-up
-// of a sleeping core at worst, and a goroutine and a wake-up for every connection; docs/adr has the figures.
+// of a sleeping core at worst, and a goroutine and a wake-up for every connection.
 //
 // A version of gVisor without one of these names fails to link, and TestNetstackVersion fails on a version nobody has looked at.
 // What was checked at the version that test names:
