@@ -9,6 +9,7 @@ import (
 	"patchbay/internal/edge"
 	"patchbay/internal/wire"
 	"patchbay/nat"
+	"patchbay/tap"
 )
 
 // NetworkConfig describes a network. The zero value of every field but Name is its documented default.
@@ -45,6 +46,8 @@ type ContainerConfig struct {
 	Publish []nat.Spec
 	// Queues of the TAP. Default 1.
 	Queues int
+	// Device is how the container's interface reaches the switch. The zero value is a TAP; tap.KindAuto takes a packet socket where there is none to be had.
+	Device tap.Kind
 	// ForcePlain opens the TAP without a virtio header, as a sandbox that refuses it would.
 	ForcePlain bool
 	// Process is what to run, and how. Its Interfaces, ResolvConf, Hosts and Hostname are filled in here.

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"patchbay/frame"
 	"patchbay/internal/dns"
 	"patchbay/internal/edge"
 	"patchbay/internal/wire"
@@ -117,7 +118,7 @@ func (n *Network) reserve(cfg ContainerConfig) (*Container, error) {
 // lease gets the container its addresses and says how its interface is to look.
 func (c *Container) lease(ctx context.Context, cfg ContainerConfig) (edge.Interface, error) {
 	n := c.network
-	ifc := edge.Interface{Name: "eth0", MTU: n.cfg.MTU, Queues: cfg.Queues, ForcePlain: cfg.ForcePlain}
+	ifc := edge.Interface{Name: "eth0", MTU: n.cfg.MTU, Queues: cfg.Queues, Kind: cfg.Device, ForcePlain: cfg.ForcePlain}
 	wanted := slices.Clone(cfg.Addrs)
 	for _, pool := range n.pools {
 		req := ipam.Request{Attachment: c.name, MAC: c.mac, Hostname: c.name}
@@ -183,7 +184,11 @@ func (c *Container) plug(h *tap.Handle) error {
 		return err
 	}
 	c.device = dev
-	c.port, err = n.sw.AddPort(dev, vswitch.PortConfig{Name: c.name, MAC: c.mac, Addrs: c.addrs})
+	var port vswitch.Port = dev
+	if n.line != nil {
+		port = n.line.port(c.name, dev)
+	}
+	c.port, err = n.sw.AddPort(port, vswitch.PortConfig{Name: c.name, MAC: c.mac, Addrs: c.addrs})
 	if err != nil {
 		return err
 	}
@@ -193,7 +198,10 @@ func (c *Container) plug(h *tap.Handle) error {
 	ctx, stop := context.WithCancel(context.Background())
 	c.stopServe = stop
 	for q := range dev.Queues() {
-		sink := n.sw.Ingress(c.port)
+		var sink frame.Sink = n.sw.Ingress(c.port)
+		if n.line != nil {
+			sink = n.line.sink(c.name, sink)
+		}
 		c.serving.Go(func() {
 			if err := dev.Serve(ctx, q, sink); err != nil && ctx.Err() == nil && !errors.Is(err, tap.ErrClosed) {
 				n.log.Warn("device ended", "name", c.name, "queue", q, "error", err)

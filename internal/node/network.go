@@ -43,11 +43,19 @@ type Network struct {
 	serial     int // numbers the containers that were given no name
 	containers map[string]*Container
 
+	line line // nil but in tests
+
 	stopNAT context.CancelFunc
 	natDone chan error
 
 	closing  sync.Once
 	closeErr error
+}
+
+// line is put between a container's device and the switch, each way, by tests that inject faults.
+type line interface {
+	port(container string, p vswitch.Port) vswitch.Port
+	sink(container string, s frame.Sink) frame.Sink
 }
 
 // lateTCP and latePackets let the gateway, which wants its handlers when it is made, have handlers that want the gateway when they are made. They are filled in before the
