@@ -22,6 +22,7 @@ import (
 	"patchbay/internal/edge"
 	"patchbay/internal/node"
 	"patchbay/nat"
+	"patchbay/tap"
 )
 
 // demoLimit bounds the whole demonstration.
@@ -162,7 +163,7 @@ func demoPublish(port int) (nat.Spec, error) {
 
 func startDemo(ctx context.Context, network *node.Network, name string, stdio edge.Stdio, publish []nat.Spec, args ...string) (*node.Container, error) {
 	return network.Start(ctx, node.ContainerConfig{
-		Name: name, Publish: publish,
+		Name: name, Publish: publish, Device: tap.KindAuto,
 		Process: edge.Spec{Net: edge.NetPrivate, PID: true, Argv: append([]string{"/proc/self/exe", "demo"}, args...), Env: os.Environ(), Dir: "/"},
 		Stdio:   stdio,
 	})

@@ -48,6 +48,7 @@ failure of patchbay itself, 126 a COMMAND that cannot be executed, 127 one that 
 			&cli.IntFlag{Name: "mtu", Usage: "the network's MTU in `BYTES`", Value: 1500},
 			&cli.StringSliceFlag{Name: "dns", Usage: "ask the resolver at `ADDRESS` instead of those in the host's /etc/resolv.conf"},
 			&cli.IntFlag{Name: "queues", Usage: "`N` TAP queues, each read by its own thread", Value: 1},
+			&cli.StringFlag{Name: "device", Usage: "`KIND` of its interface: tap, packet (slower; needs no /dev/net/tun), auto (tap where it can be had)", Value: "auto"},
 			&cli.BoolFlag{Name: "plain-tap", Usage: "open the TAP without offloads, as where a sandbox refuses them"},
 			&cli.IntFlag{Name: "max-flows", Usage: "at most `N` TCP connections, and as many UDP flows, through NAT"},
 			&cli.IntFlag{Name: "max-dials", Usage: "at most `N` connections waiting for an answer"},
@@ -135,7 +136,7 @@ func wait(p interface{ Wait() (edge.Status, error) }) error {
 }
 
 // privateFlags make sense on a private network only.
-var privateFlags = []string{"publish", "host-loopback", "link-local", "subnet", "ip", "mac", "mtu", "dns", "queues", "plain-tap", "max-flows", "max-dials", "stats"}
+var privateFlags = []string{"publish", "host-loopback", "link-local", "subnet", "ip", "mac", "mtu", "dns", "queues", "device", "plain-tap", "max-flows", "max-dials", "stats"}
 
 func rejectPrivateFlags(c *cli.Context) error {
 	for _, f := range privateFlags {
@@ -219,6 +220,9 @@ func containerConfig(c *cli.Context, spec edge.Spec, stdio edge.Stdio) (node.Con
 	cfg := node.ContainerConfig{
 		Name: c.String("name"), Hostname: spec.Hostname, Queues: c.Int("queues"), ForcePlain: c.Bool("plain-tap"), Process: spec, Stdio: stdio,
 		ForwardSignals: true,
+	}
+	if err := cfg.Device.UnmarshalText([]byte(c.String("device"))); err != nil {
+		return cfg, fmt.Errorf("--device: %w", err)
 	}
 	for _, s := range c.StringSlice("publish") {
 		p, err := nat.ParseSpec(s)

@@ -42,7 +42,7 @@ func (e *edgeProc) network() error {
 }
 
 func (e *edgeProc) addInterface(f *Interface) error {
-	h, err := tap.Open(tap.OpenConfig{Name: f.Name, Queues: f.Queues, Plain: f.ForcePlain})
+	h, err := tap.Open(tap.OpenConfig{Name: f.Name, Kind: f.Kind, Queues: f.Queues, Plain: f.ForcePlain})
 	if err != nil {
 		return err
 	}

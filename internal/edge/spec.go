@@ -73,6 +73,8 @@ type Interface struct {
 	Routes []tap.Route
 	// AcceptRA lets router advertisements configure the interface.
 	AcceptRA bool
+	// Kind is how the interface reaches the switch: a TAP, a packet socket where /dev/net/tun is not to be had, or whichever works.
+	Kind tap.Kind
 	// ForcePlain opens the TAP without virtio header and so without offloads.
 	ForcePlain bool
 }
