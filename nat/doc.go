@@ -7,7 +7,7 @@
 // this container may have another connection attempt; then a nonblocking connect on the host is started and only its outcome answers the
 // SYN, so that refused stays refused and unreachable stays unreachable. A connect that finishes at once (a service on the same machine) is
 // answered on the spot; the others wait in one epoll loop, whatever their number. An established flow is two directions, each of which carries
-// bytes, FIN and RST.
+// bytes, FIN and RST. A destination that uses up the host's ports in TIME-WAIT gets them again; see ports.go.
 //
 // Outbound UDP and ICMP are translated packet by packet with batched host sockets; see udp.go and icmp.go.
 //
@@ -24,8 +24,10 @@
 //
 // # Ownership and concurrency
 //
-// A NAT is safe for concurrent use. Run blocks and owns the loops; Close is idempotent, ends every flow and listener and unblocks Run. Each established
-// TCP flow has two goroutines, one a direction; nothing else in the package has a goroutine per flow or port.
+// A NAT is safe for concurrent use. Run blocks and owns the loops; Close is idempotent, ends every flow and listener and unblocks Run. A TCP flow has no
+// goroutine: bytes from the container are written to the host on the goroutine that read them off the network, bytes from the host are read and
+// passed on in the loop. Only while a container does not take what the host sent has its flow a goroutine and a buffer. A dial into the network has
+// one for as long as it takes.
 //
 // # Limits
 //

@@ -12,26 +12,15 @@ type tryWriter = interface {
 	TryWrite(b []byte) (n int, err error)
 }
 
-// asyncConn is a connection of the stack that needs no goroutine to wait on it. The gateway's connections are such; async makes one of any other.
-type asyncConn interface {
-	stack.Conn
-	// Pump gives what arrives to w.TryWrite, on whatever goroutine brings it, and returns at once. When w takes less than it was given nothing more comes
-	// until Resume. end is called once, after the container's FIN (nil) or an error of either side, without a lock held; not after Close or Reset.
-	Pump(w tryWriter, end func(error))
-	// Resume says that w takes bytes again. It moves what has arrived on the caller's goroutine.
-	Resume()
-	// TryWrite queues as much of b as there is room for. n < len(b) with a nil error means that Write would wait.
-	TryWrite(b []byte) (n int, err error)
-}
-
-func async(c stack.Conn) asyncConn {
-	if a, ok := c.(asyncConn); ok {
+// async is c when it needs no goroutine to wait on it, as the gateway's connections do not, else one made of c.
+func async(c stack.Conn) stack.AsyncConn {
+	if a, ok := c.(stack.AsyncConn); ok {
 		return a
 	}
 	return &waitingConn{Conn: c, room: make(chan struct{}, 1), done: make(chan struct{})}
 }
 
-// waitingConn is an asyncConn made of a Conn and a goroutine.
+// waitingConn is a stack.AsyncConn made of a Conn and a goroutine.
 type waitingConn struct {
 	stack.Conn
 	room chan struct{}

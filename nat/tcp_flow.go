@@ -23,7 +23,7 @@ import (
 type tcpFlow struct {
 	t         *tcpNAT
 	container netip.Addr
-	conn      asyncConn
+	conn      stack.AsyncConn
 	to        netip.AddrPort // outbound: where the host's socket is connected to, and
 	port      uint16         // from which port; 0 for a published one
 
