@@ -162,6 +162,7 @@ func inside(ctx context.Context, cfg Config, dir string, events chan<- event) er
 		UidMappings: []syscall.SysProcIDMap{{HostID: os.Geteuid(), Size: 1}},
 		GidMappings: []syscall.SysProcIDMap{{HostID: os.Getegid(), Size: 1}},
 		Pdeathsig:   syscall.SIGKILL,
+		Setpgid:     true, // an interrupt from the terminal is for Run, which ends the others
 	}
 	err = cmd.Start()
 	w.Close()

@@ -40,20 +40,13 @@ var issueGoals = func() []Goal {
 // value is what the goal is about: NaN where it was not measured.
 func (g Goal) value(sums map[summaryKey]summary) float64 {
 	own, ok := sums[summaryKey{g.Scenario, peerPatchbay, g.Measure}]
-	switch {
-	case !ok:
+	if !ok {
 		return math.NaN()
-	case g.Of == "":
+	}
+	if g.Of == "" {
 		return own.median
-	case g.Of == peerKernel:
-		return own.ratio
 	}
-	// Both are ratios to the same rounds' kernel, which is what makes the rounds comparable.
-	other, ok := sums[summaryKey{g.Scenario, g.Of, g.Measure}]
-	if !ok || other.ratio == 0 {
-		return math.NaN()
-	}
-	return own.ratio / other.ratio
+	return own.of(sums[summaryKey{g.Scenario, g.Of, g.Measure}])
 }
 
 // verdict is held, missed and by how much, or not measured.

@@ -53,23 +53,39 @@ var tables = []table{
 type summary struct {
 	n                int
 	median, min, max float64
-	ratio            float64 // median of the rounds' ratios; NaN where there is none
+	ratio            float64         // median of the rounds' ratios; NaN where there is none
+	rounds           map[int]float64 // value by round
+}
+
+// of is the median quotient to another contender's values of the same rounds; NaN where they have no round in common.
+func (s summary) of(other summary) float64 {
+	var qs []float64
+	for round, v := range s.rounds {
+		if o := other.rounds[round]; o > 0 {
+			qs = append(qs, v/o)
+		}
+	}
+	return median(qs)
 }
 
 type summaryKey struct{ scenario, peer, measure string }
 
 func summarize(rows []Row) map[summaryKey]summary {
-	values, ratios := map[summaryKey][]float64{}, map[summaryKey][]float64{}
+	values, ratios, rounds := map[summaryKey][]float64{}, map[summaryKey][]float64{}, map[summaryKey]map[int]float64{}
 	for _, r := range rows {
 		k := summaryKey{r.Scenario, r.Peer, r.Measure}
 		values[k] = append(values[k], r.Value)
+		if rounds[k] == nil {
+			rounds[k] = map[int]float64{}
+		}
+		rounds[k][r.Round] = r.Value
 		if r.Ratio != nil {
 			ratios[k] = append(ratios[k], *r.Ratio)
 		}
 	}
 	out := map[summaryKey]summary{}
 	for k, vs := range values {
-		out[k] = summary{n: len(vs), median: median(vs), min: slices.Min(vs), max: slices.Max(vs), ratio: median(ratios[k])}
+		out[k] = summary{n: len(vs), median: median(vs), min: slices.Min(vs), max: slices.Max(vs), ratio: median(ratios[k]), rounds: rounds[k]}
 	}
 	return out
 }
@@ -124,7 +140,7 @@ func Markdown(res Results, goals []Goal) string {
 		for _, r := range res.Rows {
 			rounds, foreign = max(rounds, r.Round), max(foreign, r.Foreign+r.Steal)
 		}
-		fmt.Fprintf(&b, "%s, %s, %d cores, Linux %s, patchbay %s. %d rounds of %s s a measurement. Cells: median (min–max) **ratio to the kernel of the same round**. Others used at most %.0f %% of the machine during a measurement.\n",
+		fmt.Fprintf(&b, "%s, %s, %d cores, Linux %s, patchbay %s. Rounds: %d, %s s a measurement. Cells: median (min–max) **ratio to the kernel of the same round**. Others used at most %.0f %% of the machine during a measurement.\n",
 			r.Date.Format("2006-01-02"), r.CPU, r.Cores, r.Kernel, r.Commit, rounds, number(r.Seconds), foreign*100)
 	}
 	for _, t := range tables {
@@ -152,10 +168,13 @@ func contenders(rows []Row, scenario string) (out []string) {
 }
 
 func (t table) write(b *strings.Builder, rows []Row, sums map[summaryKey]summary) {
-	peers := contenders(rows, t.scenario)
-	if len(peers) == 0 {
+	measured := slices.ContainsFunc(t.columns, func(c column) bool {
+		return slices.ContainsFunc(rows, func(r Row) bool { return r.Scenario == t.scenario && r.Measure == c.measure })
+	})
+	if !measured {
 		return
 	}
+	peers := contenders(rows, t.scenario)
 	fmt.Fprintf(b, "\n## %s: %s\n\n| |", t.scenario, t.title)
 	for _, c := range t.columns {
 		fmt.Fprintf(b, " %s |", c.title)

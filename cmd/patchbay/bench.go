@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -45,7 +46,7 @@ func runBench(c *cli.Context) error {
 		return err
 	}
 	cfg := bench.Config{
-		Peers: c.String("peers"), Rounds: c.Int("rounds"), Time: c.Duration("time"), Report: c.String("report"), Commit: version,
+		Peers: c.String("peers"), Rounds: c.Int("rounds"), Time: c.Duration("time"), Report: c.String("report"), Commit: commit(),
 		Out: c.App.Writer, Progress: os.Stderr,
 	}
 	for _, a := range args {
@@ -86,4 +87,22 @@ func flagsAnywhere(c *cli.Context) ([]string, error) {
 		}
 	}
 	return names, nil
+}
+
+// commit is the version, or the revision that go build noted where the Makefile has not set one.
+func commit() string {
+	info, ok := debug.ReadBuildInfo()
+	if version != "unknown" || !ok {
+		return version
+	}
+	out := version
+	for _, s := range info.Settings {
+		switch {
+		case s.Key == "vcs.revision":
+			out = s.Value[:min(len(s.Value), 12)]
+		case s.Key == "vcs.modified" && s.Value == "true":
+			out += "-dirty"
+		}
+	}
+	return out
 }

@@ -1,0 +1,340 @@
+package bench
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"io/fs"
+	"math"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"patchbay/bench/load"
+	"patchbay/internal/testbed"
+)
+
+func TestMain(m *testing.M) { testbed.Main(m) }
+
+func TestParseStat(t *testing.T) {
+	// The third is of a process whose name is ") S 1 (x y".
+	for _, c := range []struct {
+		line string
+		want procStat
+	}{
+		{"7 (patchbay) S 1 7 7 0 -1 4194560 10 0 0 0 120 34 0 0 20 0 8 0 100 0 0", procStat{7, 1, 'S', 154}},
+		{"12 (a b) Z 7 7 7 0 -1 0 0 0 0 0 1 0 0 0 20 0 1 0 100 0 0", procStat{12, 7, 'Z', 1}},
+		{"13 () S 1 (x y) R 12 7 7 0 -1 0 0 0 0 0 2 3 0 0 20 0 1 0 100 0 0", procStat{13, 12, 'R', 5}},
+	} {
+		if got, err := parseStat(c.line); err != nil || got != c.want {
+			t.Errorf("%q: %+v, %v; want %+v", c.line, got, err, c.want)
+		}
+	}
+	for _, bad := range []string{"", "7", "7 patchbay S 1", ") (", "7 (x) S 1 2 3", "x (x) S 1 7 7 0 -1 0 0 0 0 0 2 3 0", "7 (x) S 1 7 7 0 -1 0 0 0 0 0 -2 3 0"} {
+		if got, err := parseStat(bad); err == nil {
+			t.Errorf("%q: %+v, want an error", bad, got)
+		}
+	}
+}
+
+func TestOwnProcessIsThere(t *testing.T) {
+	p, ok := processes()[os.Getpid()]
+	if !ok || p.parent != os.Getppid() {
+		t.Fatalf("%+v, %v; parent is %d", p, ok, os.Getppid())
+	}
+	for ticksOf([]int{os.Getpid()}) < p.ticks+3 { // 30 ms of work show
+		_ = bytes.Repeat([]byte{1}, 1<<20)
+	}
+	now, peak, err := memoryOf([]int{os.Getpid()})
+	if err != nil || now < 1<<20 || peak < now || peak > 1<<34 {
+		t.Errorf("memory %d, peak %d, %v", now, peak, err)
+	}
+	if a := argv(os.Getpid()); !slices.Equal(a, os.Args) {
+		t.Errorf("argv %q, want %q", a, os.Args)
+	}
+	if c, err := readCPU(); err != nil || c.total() == 0 || c.busy() >= c.total() {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if m := thisMachine(); m.Kernel == "" || m.CPU == "" || m.Cores == 0 {
+		t.Errorf("%+v", m)
+	}
+}
+
+func TestTree(t *testing.T) {
+	all := map[int]procStat{1: {1, 0, 'S', 0}, 5: {5, 1, 'S', 0}, 6: {6, 5, 'Z', 0}, 7: {7, 6, 'S', 0}, 8: {8, 5, 'R', 0}, 9: {9, 1, 'S', 0}}
+	if got := tree(all, 5); !slices.Equal(got, []int{5, 8, 7}) {
+		t.Errorf("%v", got)
+	}
+	if got := tree(all, 4); got != nil {
+		t.Errorf("%v", got)
+	}
+}
+
+func TestParseMemory(t *testing.T) {
+	const s = "Name:\tx\nVmHWM:\t  2048 kB\nVmRSS:\t    1024 kB\n"
+	if n, err := parseMemory(s, "VmRSS"); n != 1<<20 || err != nil {
+		t.Errorf("%d, %v", n, err)
+	}
+	if _, err := parseMemory(s, "VmSwap"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%v", err)
+	}
+	for _, bad := range []string{"VmRSS: x kB\n", "VmRSS: 12 MB\n", "VmRSS:\n"} {
+		if n, err := parseMemory(bad, "VmRSS"); err == nil {
+			t.Errorf("%q: %d", bad, n)
+		}
+	}
+}
+
+func TestParseCPUAndNoise(t *testing.T) {
+	a, err := parseCPU("cpu  100 10 90 1000 50 5 15 30 0 0\ncpu0 …\n")
+	if err != nil || a != (cpuTimes{tasks: 200, interrupts: 20, idle: 1050, steal: 30}) {
+		t.Fatalf("%+v, %v", a, err)
+	}
+	b := cpuTimes{tasks: 260, interrupts: 25, idle: 1075, steal: 40}
+	if n := noiseBetween(a, b, 40); n.foreign != 0.2 || n.steal != 0.1 || !n.loud() {
+		t.Errorf("%+v", n)
+	}
+	if n := noiseBetween(a, b, 90); n.foreign != 0 { // our own ticks may be rounded up
+		t.Errorf("%+v", n)
+	}
+	if n := noiseBetween(a, a, 0); n != (noise{}) || n.loud() {
+		t.Errorf("%+v", n)
+	}
+	for _, bad := range []string{"", "cpu 1 2 3\n", "intr 1 2 3 4 5 6 7 8 9\n", "cpu  1 2 x 4 5 6 7 8\n"} {
+		if c, err := parseCPU(bad); err == nil {
+			t.Errorf("%q: %+v", bad, c)
+		}
+	}
+}
+
+func TestParseNetDev(t *testing.T) {
+	const s = "Inter-|   Receive  |  Transmit\n face |bytes packets errs drop fifo frame compressed multicast|bytes packets\n" +
+		"    lo: 9999 99 0 0 0 0 0 0 9999 99 0 0 0 0 0 0\n  eth0: 1000 10 0 0 0 0 0 0 200 2 0 0 0 0 0 0\n  eth1:1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n"
+	if b, p := parseNetDev(s); b != 1202 || p != 14 {
+		t.Errorf("%d bytes, %d packets", b, p)
+	}
+	if b, p := parseNetDev("eth0: 1 2"); b != 0 || p != 0 {
+		t.Errorf("%d, %d", b, p)
+	}
+}
+
+func TestParseCPUModel(t *testing.T) {
+	for s, want := range map[string]string{
+		"processor\t: 0\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n":          "AMD EPYC",
+		"processor : 0\nBogoMIPS : 50\n\nModel : Raspberry Pi 5 Rev 1.0\n": "Raspberry Pi 5 Rev 1.0",
+	} {
+		if got := parseCPUModel(s); got != want {
+			t.Errorf("%q: %q", s, got)
+		}
+	}
+	if parseCPUModel("") == "" {
+		t.Error("no name at all")
+	}
+}
+
+func TestActiveOffloads(t *testing.T) {
+	var names []byte
+	for i := range 40 {
+		name := map[int]string{0: "tx-scatter-gather", 1: "highdma", 2: "tx-tcp-segmentation", 35: "tx-udp-segmentation", 36: "rx-checksum"}[i]
+		names = append(names, append([]byte(name), make([]byte, ethStringLength-len(name))...)...)
+	}
+	blocks := make([]byte, 32)
+	binary.NativeEndian.PutUint32(blocks[8:], 1<<1|1<<2) // active
+	binary.NativeEndian.PutUint32(blocks[4:], 1<<0)      // requested only
+	binary.NativeEndian.PutUint32(blocks[24:], 1<<3)
+	if got := activeOffloads(names, blocks); !slices.Equal(got, []string{"tx-tcp-segmentation", "tx-udp-segmentation"}) {
+		t.Errorf("%q", got)
+	}
+	if got := activeOffloads(names, nil); len(got) != 0 {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestValues(t *testing.T) {
+	stream := measurement{name: "tcp out", kind: "stream"}
+	vs, err := stream.values(load.Result{Bytes: 250e6, Elapsed: time.Second})
+	if err != nil || !slices.Equal(vs, []value{{"tcp out", 2, "Gbit/s"}}) {
+		t.Errorf("%v, %v", vs, err)
+	}
+	flood := measurement{name: "udp in", kind: "flood"}
+	vs, err = flood.values(load.Result{Bytes: 1, Sent: 200, Received: 150, Elapsed: time.Second / 2})
+	if err != nil || !slices.Equal(vs, []value{{"udp in", 300, "datagrams/s"}, {"udp in loss", 0.25, "share"}}) {
+		t.Errorf("%v, %v", vs, err)
+	}
+	crr := measurement{name: "crr 1", kind: "crr"}
+	vs, err = crr.values(load.Result{Ops: 10, Errors: 1, Elapsed: time.Second, P50: 50 * time.Microsecond, P99: time.Millisecond, Max: time.Second})
+	if err != nil || len(vs) != 5 || vs[1] != (value{"crr 1 p50", 50, "µs"}) || vs[3].v != 1e6 || vs[4].v != 1 {
+		t.Errorf("%v, %v", vs, err)
+	}
+	for _, m := range []measurement{stream, flood, crr} {
+		if vs, err := m.values(load.Result{Elapsed: time.Second, FirstErr: "refused"}); err == nil {
+			t.Errorf("%s of nothing: %v", m.kind, vs)
+		}
+	}
+}
+
+func TestChoose(t *testing.T) {
+	names := func(ps []peer) string {
+		var out []string
+		for _, p := range ps {
+			out = append(out, p.name)
+		}
+		return strings.Join(out, " ")
+	}
+	for _, c := range []struct{ scenario, names, want, unknown string }{
+		{"nat", "", "kernel patchbay slirp4netns pasta gvproxy", ""},
+		{"nat", "auto", "kernel patchbay slirp4netns pasta gvproxy", ""},
+		{"nat", "auto,pasta@65520", "kernel patchbay slirp4netns pasta gvproxy pasta@65520", ""},
+		{"nat", "all", "kernel patchbay slirp4netns pasta gvproxy slirp4netns@65520 pasta@65520", ""},
+		{"nat", "pasta, vde_switch,passt", "kernel pasta", "passt"},
+		{"switch", "pasta,vde_switch", "kernel vde_switch", ""},
+	} {
+		got, unknown := choose(c.scenario, c.names)
+		if names(got) != c.want || strings.Join(unknown, " ") != c.unknown {
+			t.Errorf("%s %q: %s; unknown %q", c.scenario, c.names, names(got), unknown)
+		}
+	}
+}
+
+func TestConfigIsChecked(t *testing.T) {
+	for want, c := range map[string]Config{
+		"scenario": {Scenarios: []string{"tunnel"}}, "peer": {Peers: "passt"}, "rounds": {Rounds: -1}, "measurement": {Time: time.Hour},
+	} {
+		if _, err := c.withDefaults(); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "use ") {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+	c, err := Config{}.withDefaults()
+	if err != nil || !slices.Equal(c.Scenarios, []string{"switch", "nat"}) || c.Rounds != 3 || c.Time != 5*time.Second {
+		t.Errorf("%+v, %v", c, err)
+	}
+}
+
+func TestRoundsTurn(t *testing.T) {
+	var es []entrant
+	for _, n := range []string{"kernel", "a", "b", "c"} {
+		es = append(es, entrant{peer: peer{name: n}})
+	}
+	for round, want := range map[int]string{1: "kernel a b c", 2: "kernel b c a", 3: "kernel c a b", 4: "kernel a b c"} {
+		var got []string
+		for _, e := range inRound(es, round) {
+			got = append(got, e.name)
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("round %d: %q", round, got)
+		}
+	}
+}
+
+func TestNumber(t *testing.T) {
+	for v, want := range map[float64]string{0: "0.00", 0.0042: "0.004", 0.25: "0.25", 2.345: "2.35", 45.67: "45.7", 99.97: "100", 12345.6: "12346"} {
+		if got := number(v); got != want {
+			t.Errorf("%v: %q", v, got)
+		}
+	}
+	if number(math.NaN()) != "–" {
+		t.Error("NaN")
+	}
+	if median([]float64{3, 1, 2}) != 2 || median([]float64{4, 1, 2, 3}) != 2.5 || !math.IsNaN(median(nil)) {
+		t.Error("median")
+	}
+}
+
+// fixedResults has two rounds of two contenders, a third in one round, and absences.
+func fixedResults() Results {
+	var res Results
+	date := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	add := func(round int, scenario, peer, measure, unit string, v, base float64, ps ...Process) {
+		r := Row{Scenario: scenario, Peer: peer, Version: peer + " 1.0", Round: round, Measure: measure, Value: v, Unit: unit, Seconds: 5, MTU: 1500,
+			Offloads: []string{"tx-tcp-segmentation"}, Foreign: 0.02, Date: date, Commit: "abc1234", Machine: Machine{"6.18", "CPU", 2}, Processes: ps}
+		if base > 0 {
+			q := v / base
+			r.Ratio = &q
+		}
+		res.Rows = append(res.Rows, r)
+	}
+	run := Process{"/usr/bin/patchbay", []string{"patchbay", "run"}}
+	for i, k := range []float64{60, 50} {
+		add(i+1, "nat", "kernel", "tcp out", "Gbit/s", k, k)
+		add(i+1, "nat", "kernel", "rr p50", "µs", 80, 80)
+		add(i+1, "nat", "patchbay", "tcp out", "Gbit/s", 15, k, run) // 0.25 and 0.30
+		add(i+1, "nat", "patchbay", "rr p50", "µs", 120, 80, run)
+		add(i+1, "nat", "patchbay", "rss", "MiB", 40, 0, run)
+	}
+	add(1, "nat", "pasta", "tcp out", "Gbit/s", 6, 60) // 0.10
+	res.Absent = []Absence{{Scenario: "nat", Peer: "gvproxy", Reason: "gvproxy is not installed: build\nit"}, {Scenario: "nat", Peer: "pasta", Round: 2, Measure: "tcp out", Reason: "stalled"}}
+	return res
+}
+
+func TestReport(t *testing.T) {
+	got := Markdown(fixedResults(), issueGoals)
+	want, err := os.ReadFile("testdata/report.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("the report has changed; now it is:\n%s", got)
+	}
+	if s := Markdown(Results{}, issueGoals); strings.Contains(s, "|") || !strings.HasPrefix(s, "# ") {
+		t.Errorf("of nothing: %s", s)
+	}
+}
+
+func TestGoals(t *testing.T) {
+	sums := summarize(fixedResults().Rows)
+	for _, c := range []struct {
+		g    Goal
+		want string
+	}{
+		{Goal{Scenario: "nat", Measure: "tcp out", Of: "kernel", AtLeast: 0.27}, "held"}, // 0.275 is the median of the rounds
+		{Goal{Scenario: "nat", Measure: "tcp out", Of: "kernel", AtLeast: 0.55}, "**missed**, 50 % short"},
+		{Goal{Scenario: "nat", Measure: "tcp out", Of: "pasta", AtLeast: 2.5}, "held"},
+		{Goal{Scenario: "nat", Measure: "tcp out", Of: "pasta", AtLeast: 5}, "**missed**, 50 % short"},
+		{Goal{Scenario: "nat", Measure: "rr p50", Of: "kernel", AtMost: 1.5}, "held"},
+		{Goal{Scenario: "nat", Measure: "rr p50", Of: "kernel", AtMost: 1.2}, "**missed**, 25 % over"},
+		{Goal{Scenario: "nat", Measure: "rss", AtMost: 41}, "held"},
+		{Goal{Scenario: "nat", Measure: "rss", AtMost: 20}, "**missed**, 100 % over"},
+		{Goal{Scenario: "nat", Measure: "tcp out", Of: "gvproxy", AtLeast: 3}, "not measured"},
+		{Goal{Scenario: "nat", Measure: "tcp in", Of: "kernel", AtLeast: 3}, "not measured"},
+		{Goal{Scenario: "nat", Measure: "rss", Of: "kernel", AtLeast: 3}, "not measured"},
+	} {
+		if got := c.g.verdict(c.g.value(sums)); got != c.want {
+			t.Errorf("%+v: %s, want %s", c.g, got, c.want)
+		}
+	}
+}
+
+func TestProgress(t *testing.T) {
+	s := Step{"nat", 1, 3, "pasta", "tcp out", "3.10 Gbit/s", 83 * time.Second}
+	var live, lines bytes.Buffer
+	p := progress{w: &live, live: true}
+	p.step(s)
+	p.absent(Absence{Scenario: "nat", Peer: "pasta", Round: 1, Measure: "tcp in", Reason: "a\nb"})
+	p.end()
+	if got := live.String(); got != "\r\x1b[Knat  round 1/3  pasta        tcp out    3.10 Gbit/s      1:23 min left\r\x1b[Knat pasta round 1 tcp in: a b\n" {
+		t.Errorf("%q", got)
+	}
+	p = progress{w: &lines}
+	p.step(s)
+	s.Measure, s.Left = "tcp in", 70*time.Second
+	p.step(s)
+	s.Peer, s.Left = "slirp4netns", 0
+	p.step(s)
+	if got := lines.String(); got != "nat round 1/3 pasta, 1:23 min left\nnat round 1/3 slirp4netns, 1 s left\n" {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestTail(t *testing.T) {
+	var l tail
+	for range 100 {
+		if n, err := l.Write([]byte("0123456789\n")); n != 11 || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	if s := l.String(); len(s) > 700 || strings.Contains(s, "\n") || !strings.HasSuffix(s, "0123456789") {
+		t.Errorf("%q", s)
+	}
+}
