@@ -104,7 +104,7 @@ func (e *edgeProc) forkExec(path string, argv, env []string) (int, error) {
 	var mask, old unix.Sigset_t
 	mask.Val[0] = e.spec.SigMask
 	_ = unix.PthreadSigmask(unix.SIG_SETMASK, &mask, &old)
-	defer unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
+	defer func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) }()
 	return syscall.ForkExec(path, argv, &syscall.ProcAttr{
 		Env: env, Files: []uintptr{0, 1, 2},
 		Sys: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},

@@ -71,7 +71,7 @@ func newOwnSignals(ignored uint64) (*ownSignals, error) {
 	}
 	go o.catch(ch)
 	// At once, not only when asked: a pending SIGCONT is lost when SIGTSTP comes, and the other way round.
-	go rc.Read(func(uintptr) bool { o.drain(); return false })
+	go func() { _ = rc.Read(func(uintptr) bool { o.drain(); return false }) }()
 	return o, nil
 }
 

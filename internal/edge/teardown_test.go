@@ -177,7 +177,7 @@ func TestReleaseTellsWhyNot(t *testing.T) {
 	if !errors.As(err, &e) || e.Status != StatusNotFound || !errors.Is(err, unix.ENOENT) {
 		t.Errorf("error %v", err)
 	}
-	if _, werr := p.Wait(); werr != err {
+	if _, werr := p.Wait(); !errors.Is(werr, err) {
 		t.Errorf("Wait: %v", werr)
 	}
 	p.Close()

@@ -241,7 +241,7 @@ func forkInto(p *child) (pid int, errno syscall.Errno) {
 	}
 	for i = 0; i < len(p.files); i++ {
 		if p.files[i] < 0 {
-			syscall.RawSyscall(unix.SYS_CLOSE, uintptr(i), 0, 0)
+			_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(i), 0, 0)
 			continue
 		}
 		if _, _, err1 = syscall.RawSyscall(unix.SYS_DUP3, uintptr(p.files[i]), uintptr(i), 0); err1 != 0 {
@@ -252,8 +252,8 @@ func forkInto(p *child) (pid int, errno syscall.Errno) {
 	_, _, err1 = syscall.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(p.argv0)), uintptr(unsafe.Pointer(p.argv)), uintptr(unsafe.Pointer(p.envv)))
 fail:
 	p.report[1] = uint32(err1)
-	syscall.RawSyscall(unix.SYS_WRITE, uintptr(p.pipe), uintptr(unsafe.Pointer(&p.report)), unsafe.Sizeof(p.report))
+	_, _, _ = syscall.RawSyscall(unix.SYS_WRITE, uintptr(p.pipe), uintptr(unsafe.Pointer(&p.report)), unsafe.Sizeof(p.report))
 	for {
-		syscall.RawSyscall(unix.SYS_EXIT, 125, 0, 0)
+		_, _, _ = syscall.RawSyscall(unix.SYS_EXIT, 125, 0, 0)
 	}
 }
