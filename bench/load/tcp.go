@@ -164,13 +164,13 @@ func ConnectRequestClose(ctx context.Context, c Config) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	sa, family := sockaddr(ta)
 	recs := make([]recorder, c.Streams)
 	start := time.Now()
 	deadline := start.Add(c.Duration)
 	var budget atomic.Int64
 	budget.Store(int64(c.Count))
 	workers(c.Streams, func(i int) {
+		sa, family := sockaddr(ta) // one each: Connect writes into it
 		for ctx.Err() == nil && (c.Count > 0 && budget.Add(-1) >= 0 || c.Count == 0 && time.Now().Before(deadline)) {
 			t := time.Now()
 			if err := crrOne(family, sa, c.Greeting); err != nil {
