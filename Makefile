@@ -16,7 +16,7 @@ help: ## show this list
 .PHONY: build
 build: ## build bin/patchbay
 	@mkdir -p bin
-	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/patchbay
+	CGO_ENABLED=0 go build -trimpath -tags urfave_cli_no_docs -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/patchbay
 
 .PHONY: demo
 demo: build ## two containers on one network: names, NAT, a published port, measured and shown
