@@ -262,11 +262,11 @@ func user(ctx context.Context, args []string) error {
 	select {
 	case err = <-ended:
 		cancel()
-		<-gone // killed
+		_ = <-gone // killed
 	case err = <-gone:
 		err = fmt.Errorf("%s has ended: %w", spec.Daemon[0], orExit(err))
 		cancel()
-		<-ended
+		_ = <-ended // killed too
 	}
 	return err
 }

@@ -190,6 +190,7 @@ func TestChoose(t *testing.T) {
 		{"nat", "all", "kernel patchbay slirp4netns pasta gvproxy slirp4netns@65520 pasta@65520", ""},
 		{"nat", "pasta, vde_switch,passt", "kernel pasta", "passt"},
 		{"switch", "pasta,vde_switch", "kernel vde_switch", ""},
+		{"switch", "auto", "kernel patchbay vde_switch openvswitch", ""},
 	} {
 		got, unknown := choose(c.scenario, c.names)
 		if names(got) != c.want || strings.Join(unknown, " ") != c.unknown {

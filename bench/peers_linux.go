@@ -68,6 +68,10 @@ func peers() []peer {
 		{name: peerKernel, scenario: scenarioSwitch, start: (*site).kernelBridge},
 		{name: peerPatchbay, scenario: scenarioSwitch, start: (*site).patchbayNode},
 		{name: "vde_switch", scenario: scenarioSwitch, programs: []string{"vde_switch"}, version: "--version", remedy: "install package vde2", start: (*site).vde},
+		{
+			name: "openvswitch", scenario: scenarioSwitch, programs: []string{"ovs-vswitchd", "ovsdb-server", "ovsdb-tool", "ovs-vsctl"}, version: "--version",
+			remedy: "install package openvswitch-switch", start: (*site).openvswitch,
+		},
 	}
 }
 

@@ -221,6 +221,7 @@ func (r *runner) measure(s *site, m measurement, step Step) ([]value, noise, err
 func (r *runner) measureOnce(s *site, m measurement, step Step) ([]value, noise, error) {
 	stop := r.watch(m, step)
 	defer stop()
+	s.logs.reset()
 	ds := daemons()
 	cpu0, err := readCPU()
 	if err != nil {
@@ -299,7 +300,7 @@ func (r *runner) watch(m measurement, step Step) (stop func()) {
 			if m.kind == "stream" {
 				step.Rate = fmt.Sprintf("%.2f Gbit/s", float64(bytes-bytes0)*8/s/1e9)
 			} else {
-				step.Rate = fmt.Sprintf("%.0f k packets/s", float64(packets-packets0)/s/1e3)
+				step.Rate = fmt.Sprintf("%.0f k frames/s", float64(packets-packets0)/s/1e3)
 			}
 			step.Left = left - time.Since(began)
 			_ = r.emit(event{Step: &step})

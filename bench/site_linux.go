@@ -284,6 +284,12 @@ func (t *tail) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
+func (t *tail) reset() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.b = t.b[:0]
+}
+
 // String is one line.
 func (t *tail) String() string {
 	t.mu.Lock()
@@ -371,21 +377,48 @@ func (s *site) vde() error {
 		return err
 	}
 	s.held = append(s.held, keep)
-	for i, sp := range []space{s.client, s.server} {
-		name := fmt.Sprintf("vt%d", i)
+	return s.joinedByTAPs("vt0", "vt1")
+}
+
+// joinedByTAPs moves two TAPs that a daemon makes in the host's namespace each to its side, and goes on as joined does.
+func (s *site) joinedByTAPs(near, far string) error {
+	for name, sp := range map[string]space{near: s.client, far: s.server} {
 		deadline := time.Now().Add(reachTime)
 		for s.host.link(name, func(netlink.Link) error { return nil }) != nil {
 			if time.Now().After(deadline) {
-				return s.why(fmt.Errorf("vde_switch does not make %s", name))
+				return s.why(fmt.Errorf("nobody makes %s", name))
 			}
 			time.Sleep(10 * time.Millisecond)
 		}
-		if err := s.host.give(name, sp); err != nil {
-			return err
-		}
-		if err := sp.up(name); err != nil {
+		if err := errors.Join(s.host.give(name, sp), sp.up(name)); err != nil {
 			return err
 		}
 	}
-	return s.joined("vt0", "vt1")
+	return s.joined(near, far)
+}
+
+// openvswitch is Open vSwitch with its userspace datapath, whose internal ports are TAPs.
+func (s *site) openvswitch() error {
+	db, remote := filepath.Join(s.dir, "conf.db"), "unix:"+filepath.Join(s.dir, "db.sock")
+	if err := s.host.run("", s.path("ovsdb-tool"), "create", db, "/usr/share/openvswitch/vswitch.ovsschema"); err != nil {
+		return err
+	}
+	env := append(os.Environ(), "OVS_RUNDIR="+s.dir, "OVS_LOGDIR="+s.dir, "OVS_DBDIR="+s.dir)
+	for _, line := range [][]string{
+		{s.path("ovsdb-server"), db, "--remote=p" + remote, "--unixctl=" + filepath.Join(s.dir, "ovsdb.ctl")},
+		{s.path("ovs-vswitchd"), remote, "--disable-system", "--unixctl=" + filepath.Join(s.dir, "vswitchd.ctl")},
+	} {
+		cmd := exec.Command(line[0], line[1:]...)
+		cmd.Env = env
+		if err := s.launch(s.host, cmd, false); err != nil {
+			return err
+		}
+	}
+	// One transaction, in which ovs-vsctl waits for the database and then for the daemon.
+	if err := s.host.run("", s.path("ovs-vsctl"), "--db="+remote, "--retry", "--timeout=10", "add-br", "br0", "--", "set", "bridge", "br0", "datapath_type=netdev",
+		"--", "add-port", "br0", "ov0", "--", "set", "interface", "ov0", "type=internal",
+		"--", "add-port", "br0", "ov1", "--", "set", "interface", "ov1", "type=internal"); err != nil {
+		return s.why(err)
+	}
+	return s.joinedByTAPs("ov0", "ov1")
 }

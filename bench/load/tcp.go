@@ -23,6 +23,9 @@ const (
 // ioTimeout ends a receive that nobody answers.
 const ioTimeout = 10 * time.Second
 
+// drainTimeout is how long what the sender's kernel still holds may take to arrive. Some paths stall there, which is to show in their figure.
+const drainTimeout = 40 * time.Second
+
 // Stream measures TCP throughput. Bytes are counted at the receiver; Elapsed runs until the last of them arrived.
 func Stream(ctx context.Context, c Config) (Result, error) {
 	c = c.withDefaults(128 << 10)
@@ -84,9 +87,12 @@ func streamOne(ctx context.Context, s blockingSocket, c Config, deadline time.Ti
 	if err := unix.Shutdown(s.fd, unix.SHUT_WR); err != nil {
 		return 0, err
 	}
+	if err := s.setTimeout(drainTimeout); err != nil {
+		return 0, err
+	}
 	var count [8]byte
 	if _, err := io.ReadFull(s, count[:]); err != nil {
-		return 0, fmt.Errorf("count of received bytes: %w", err)
+		return 0, fmt.Errorf("the far side has not told within %v what arrived: %w", drainTimeout, err)
 	}
 	return getInt64(count[:]), nil
 }
