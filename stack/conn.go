@@ -245,8 +245,13 @@ func (s *sliceSource) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// writeSome queues what there is room for.
+// SuperPayload is how many bytes netstack sends as one superframe at MTU 1500, and a multiple of the segment size. Whoever copies a stream to a Conn does best
+// to write this much, or a multiple, at a time: 64 KiB would make a superframe and a crumb, which costs as much as a superframe.
+const SuperPayload = 45 * 1448
+
+// writeSome queues what there is room for, at most one superframe.
 func (c *conn) writeSome(p []byte) (int, tcpip.Error) {
+	p = p[:min(len(p), SuperPayload)]
 	c.src = p
 	c.enter()
 	n, err := c.ep.Write(&c.src, tcpip.WriteOptions{})

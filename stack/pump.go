@@ -169,14 +169,14 @@ func (c *conn) start(w interface{ TryWrite([]byte) (int, error) }, end func(erro
 }
 
 // pumpBuffers are what WriteTo and ReadFrom copy through where they have to.
-var pumpBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
+var pumpBuffers = sync.Pool{New: func() any { return new([SuperPayload]byte) }}
 
 // WriteTo writes what arrives to w until the container's FIN or an error.
 func (c *conn) WriteTo(w io.Writer) (int64, error) {
 	if t, ok := w.(TryWriter); ok {
 		return c.pushTo(t)
 	}
-	buf := pumpBuffers.Get().(*[64 << 10]byte)
+	buf := pumpBuffers.Get().(*[SuperPayload]byte)
 	defer pumpBuffers.Put(buf)
 	var total int64
 	for {
@@ -229,7 +229,7 @@ func (c *conn) pushTo(w TryWriter) (int64, error) {
 // pushSlow waits for w with one buffer of what has arrived. c.pump.mu is held all the time, so that nobody overtakes.
 func (c *conn) pushSlow(w io.Writer) {
 	p := &c.pump
-	buf := pumpBuffers.Get().(*[64 << 10]byte)
+	buf := pumpBuffers.Get().(*[SuperPayload]byte)
 	defer pumpBuffers.Put(buf)
 	n, err := c.Read(buf[:])
 	p.full = false
@@ -275,7 +275,7 @@ func (c *conn) TryWrite(b []byte) (int, error) {
 
 // ReadFrom sends what r yields until its end or an error.
 func (c *conn) ReadFrom(r io.Reader) (int64, error) {
-	buf := pumpBuffers.Get().(*[64 << 10]byte)
+	buf := pumpBuffers.Get().(*[SuperPayload]byte)
 	defer pumpBuffers.Put(buf)
 	var total int64
 	for {
