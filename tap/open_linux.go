@@ -153,13 +153,17 @@ func Open(c OpenConfig) (*Handle, error) {
 	return nil, explainOpen(c.Name, err)
 }
 
-// canOpenTUN is nil when the clone device can be opened.
+// canOpenTUN is nil when the clone device can be opened and is what it should be.
 func canOpenTUN() error {
 	fd, err := unix.Open(DevicePath, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return &fs.PathError{Op: "open", Path: DevicePath, Err: err}
 	}
-	return unix.Close(fd)
+	defer unix.Close(fd)
+	if _, err := unix.IoctlGetUint32(fd, unix.TUNGETFEATURES); err != nil {
+		return fmt.Errorf("TUNGETFEATURES: %w", err)
+	}
+	return nil
 }
 
 // openVnet opens c.Queues descriptors with a virtio header (one, unless multi) and fills in h. On error nothing stays open.

@@ -120,46 +120,6 @@ func nearEnd(h *Handle, near, index int) error {
 	if hw := link.Attrs().HardwareAddr; len(hw) == 6 {
 		h.MAC = wire.MAC(hw)
 	}
-	if err := tagInline(h.Name); err != nil {
-		h.Notes = append(h.Notes, fmt.Sprintf("interface %q: frames that the container tags (802.1Q) lose their tag (%v)", h.Name, err))
-	}
-	return nil
-}
-
-// ethtoolFlags is struct ethtool_value.
-type ethtoolFlags struct{ cmd, data uint32 }
-
-// ethFlagTxVLAN is ETH_FLAG_TXVLAN: the interface takes VLAN tags beside the frame.
-const ethFlagTxVLAN = 1 << 7
-
-// tagInline makes the kernel put VLAN tags into the frame, since a packet socket does not read them from beside it.
-func tagInline(name string) error {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	v := ethtoolFlags{cmd: unix.ETHTOOL_GFLAGS}
-	if err := ethtool(fd, name, &v); err != nil {
-		return fmt.Errorf("ETHTOOL_GFLAGS: %w", err)
-	}
-	v.cmd, v.data = unix.ETHTOOL_SFLAGS, v.data&^ethFlagTxVLAN
-	if err := ethtool(fd, name, &v); err != nil {
-		return fmt.Errorf("ETHTOOL_SFLAGS: %w", err)
-	}
-	return nil
-}
-
-func ethtool(fd int, name string, v *ethtoolFlags) error {
-	ifr := struct {
-		name [unix.IFNAMSIZ]byte
-		data unsafe.Pointer
-		_    [16]byte
-	}{data: unsafe.Pointer(v)}
-	copy(ifr.name[:unix.IFNAMSIZ-1], name)
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&ifr))); errno != 0 {
-		return errno
-	}
 	return nil
 }
 
@@ -177,6 +137,9 @@ func packetSocket(index int) (fd int, err error) {
 	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
 		return -1, fmt.Errorf("PACKET_VNET_HDR: %w", err)
 	}
+	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_AUXDATA, 1); err != nil {
+		return -1, fmt.Errorf("PACKET_AUXDATA: %w", err)
+	}
 	// What follows is for speed: a kernel without it works.
 	unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1)
 	unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_QDISC_BYPASS, 1)
@@ -187,6 +150,50 @@ func packetSocket(index int) (fd int, err error) {
 		return -1, fmt.Errorf("bind the packet socket: %w", err)
 	}
 	return fd, nil
+}
+
+// packetRoom is what a record from a packet socket may need in front of its frame: a VLAN tag that the kernel has taken out.
+const packetRoom = wire.VLANTagLen
+
+// auxControl is room for one control message with a struct tpacket_auxdata.
+type auxControl struct {
+	hdr unix.Cmsghdr
+	aux unix.TpacketAuxdata
+	_   [16]byte
+}
+
+// readPacket reads one record into b: virtio header, packetRoom bytes, frame. rec is the record with the tag, if there was one, back in its
+// place, and without the room if there was none.
+func readPacket(fd int, b []byte) (rec []byte, errno unix.Errno) {
+	const hdrLen = wire.VirtioNetHdrLen
+	iov := [2]unix.Iovec{iovec(b[packetRoom : packetRoom+hdrLen]), iovec(b[packetRoom+hdrLen:])}
+	var ctl auxControl
+	msg := unix.Msghdr{Iov: &iov[0], Control: (*byte)(unsafe.Pointer(&ctl))}
+	msg.SetIovlen(len(iov))
+	msg.SetControllen(int(unsafe.Sizeof(ctl)))
+	r, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(&msg)), 0)
+	if errno != 0 {
+		return nil, errno
+	}
+	n := int(r)
+	if msg.Controllen == 0 || ctl.hdr.Level != unix.SOL_PACKET || ctl.hdr.Type != unix.PACKET_AUXDATA ||
+		ctl.aux.Status&unix.TP_STATUS_VLAN_VALID == 0 || n < hdrLen+wire.EthernetLen {
+		return b[packetRoom : packetRoom+n], 0
+	}
+	// The virtio header and the addresses move down to make room for the tag.
+	copy(b, b[packetRoom:packetRoom+hdrLen+12])
+	tag := b[hdrLen+12:]
+	tpid := ctl.aux.Vlan_tpid
+	if ctl.aux.Status&unix.TP_STATUS_VLAN_TPID_VALID == 0 {
+		tpid = wire.EtherTypeVLAN
+	}
+	binary.BigEndian.PutUint16(tag, tpid)
+	binary.BigEndian.PutUint16(tag[2:], ctl.aux.Vlan_tci)
+	if b[0]&wire.VirtioNeedsCsum != 0 {
+		start := b[6:8] // csum_start counts from the frame's beginning
+		binary.LittleEndian.PutUint16(start, binary.LittleEndian.Uint16(start)+wire.VLANTagLen)
+	}
+	return b[:packetRoom+n], 0
 }
 
 // packetUSO finds out whether the kernel takes UDP superframes from a packet socket (Linux 6.2) by sending one. The near end is down,

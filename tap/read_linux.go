@@ -82,7 +82,19 @@ func newReader(d *Device, queue int) *reader {
 }
 
 // room is what the longest record needs, and one byte by which a longer one is noticed.
-func (r *reader) room() int { return r.hdrLen + wire.MaxFrame + 1 }
+func (r *reader) room() int { return packetRoom + r.hdrLen + wire.MaxFrame + 1 }
+
+// read reads one record into b, which has room() bytes.
+func (r *reader) read(b []byte) (rec []byte, errno unix.Errno) {
+	if r.d.info.Kind == KindPacket {
+		return readPacket(r.q.fd, b)
+	}
+	n, errno := readFD(r.q.fd, b)
+	if errno != 0 {
+		return nil, errno
+	}
+	return b[:n], 0
+}
 
 func (r *reader) loop(sink frame.Sink) error {
 	for !r.q.stop.Load() {
@@ -100,10 +112,11 @@ func (r *reader) step(sink frame.Sink) error {
 		r.spin.found()
 		sink.Forward(r.fs)
 	}
-	if err != nil || more {
+	switch {
+	case err != nil:
 		return err
-	}
-	if r.spin.again(r.d.spin) {
+	case more, r.spin.again(r.d.spin):
+		// Whom Forward has made runnable (the gateway's goroutines) runs on this thread now, instead of waking another core.
 		runtime.Gosched()
 		return nil
 	}
@@ -115,7 +128,7 @@ func (r *reader) fill() (more bool, err error) {
 	r.fs = r.fs[:0]
 	off, reads, bytes := 0, 0, 0
 	for reads < r.d.frames && off < r.d.bytes {
-		n, errno := readFD(r.q.fd, r.arena[off:off+r.room()])
+		rec, errno := r.read(r.arena[off : off+r.room()])
 		if errno != 0 {
 			if errno == unix.EINTR {
 				continue
@@ -126,14 +139,14 @@ func (r *reader) fill() (more bool, err error) {
 			break
 		}
 		reads++
-		if n == 0 {
+		if len(rec) == 0 {
 			err = ErrGone
 			break
 		}
-		if r.take(r.arena[off : off+n]) {
-			bytes += n - r.hdrLen
+		if r.take(rec) {
+			bytes += len(rec) - r.hdrLen
 		}
-		off += (n + arenaAlign - 1) &^ (arenaAlign - 1)
+		off += (len(rec) + packetRoom + arenaAlign - 1) &^ (arenaAlign - 1)
 	}
 	if len(r.fs) > 0 {
 		r.q.frames.Add(uint64(len(r.fs)))
@@ -144,7 +157,7 @@ func (r *reader) fill() (more bool, err error) {
 
 // take checks one record and adds its frame to the batch, or counts why not.
 func (r *reader) take(rec []byte) bool {
-	if len(rec) < r.hdrLen+wire.EthernetLen || len(rec) >= r.room() {
+	if len(rec) < r.hdrLen+wire.EthernetLen || len(rec) > r.hdrLen+wire.MaxFrame {
 		r.d.drops.Add(frame.DropMalformed, 1)
 		return false
 	}

@@ -1,11 +1,14 @@
 package tap
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -335,8 +338,8 @@ func TestNewRefuses(t *testing.T) {
 func TestServeEnds(t *testing.T) {
 	testbed.Leaks(t)
 	ns := testbed.NewNS(t)
-	for _, plain := range []bool{false, true} {
-		h := openHandle(t, ns, OpenConfig{Name: "eth0", Plain: plain, Persist: true}, IfConfig{})
+	for _, oc := range []OpenConfig{{Name: "eth0", Persist: true}, {Name: "eth0", Plain: true, Persist: true}, {Name: "eth0", Kind: KindPacket}} {
+		h := openHandle(t, ns, oc, IfConfig{})
 		d, err := New(Config{Info: h.Info, FDs: h.FDs})
 		if err != nil {
 			t.Fatal(err)
@@ -349,7 +352,7 @@ func TestServeEnds(t *testing.T) {
 			case err := <-result:
 				return err
 			case <-time.After(5 * time.Second):
-				t.Fatalf("%s: Serve did not return", what)
+				t.Fatalf("%+v: %s: Serve did not return", oc, what)
 				return nil
 			}
 		}
@@ -381,15 +384,15 @@ func TestServeEnds(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 		if err := within("link del"); !errors.Is(err, ErrGone) {
-			t.Errorf("interface deleted: Serve says %v, want ErrGone", err)
+			t.Errorf("%+v: interface deleted: Serve says %v, want ErrGone", oc, err)
 		}
 		f := frame.Frame{Data: make([]byte, 60)}
 		if n := d.Transmit([]frame.Frame{f, f}); n != 0 || d.Drops().Get(frame.DropTxError) != 2 {
-			t.Errorf("Transmit to nowhere took %d, txerror %d", n, d.Drops().Get(frame.DropTxError))
+			t.Errorf("%+v: Transmit to nowhere took %d, txerror %d", oc, n, d.Drops().Get(frame.DropTxError))
 		}
 		d.Close()
 		// Close ends it.
-		d = open(t, ns, OpenConfig{Name: "eth0", Plain: plain}, IfConfig{})
+		d = open(t, ns, OpenConfig{Name: "eth0", Plain: oc.Plain, Kind: oc.Kind}, IfConfig{})
 		go func() { result <- d.Serve(t.Context(), 0, nothing) }()
 		time.Sleep(20 * time.Millisecond)
 		d.Close()
@@ -445,5 +448,108 @@ func TestTransmitTooBig(t *testing.T) {
 			t.Errorf("plain %v: %+v", plain, s)
 		}
 		d.Close()
+	}
+}
+
+// Closing the socket ends the interface, as closing a TAP does, and the far end's namespace with it. What the kernel drops in between is counted.
+func TestPacketLifetime(t *testing.T) {
+	testbed.Leaks(t)
+	ns := testbed.NewNS(t)
+	ip := testbed.Tool(t, "ip")
+	d := open(t, ns, OpenConfig{Name: "eth0", Kind: KindPacket}, IfConfig{MTU: 1400, MAC: wire.MAC{2, 0, 0, 0, 0, 9}})
+	i := d.Info()
+	if i.Kind != KindPacket || i.Name != "eth0" || i.MTU != 1400 || i.MAC != (wire.MAC{2, 0, 0, 0, 0, 9}) || !i.VnetHdr {
+		t.Errorf("Info = %+v", i)
+	}
+	send := inject(t, ns, "eth0")
+	b := tcpFrame(1000).Data
+	for range 20000 {
+		send(b)
+	}
+	got := 0
+	r := newReader(d, 0)
+	for {
+		if _, err := r.fill(); err != nil {
+			t.Fatal(err)
+		}
+		if len(r.fs) == 0 {
+			break
+		}
+		got += len(r.fs)
+	}
+	if s := d.Stats(); s.RxMissed == 0 || s.RxMissed+uint64(got) < 20000 || s.RxMissed != d.Stats().RxMissed {
+		t.Errorf("sent 20000, read %d, missed %d", got, s.RxMissed)
+	}
+	d.Close()
+	if !testbed.Wait(5*time.Second, func() bool {
+		return ns.Command(ip, "link", "show", "eth0").Run() != nil
+	}) {
+		t.Error("the interface is still there after Close")
+	}
+}
+
+// A tag that the container puts on its frames is still there behind a packet socket, from which the kernel takes it out.
+func TestVLANTagSurvives(t *testing.T) {
+	for _, oc := range []OpenConfig{{}, {Kind: KindPacket}, {Plain: true}} {
+		oc.Name = "eth0"
+		ns := testbed.NewNS(t)
+		d := open(t, ns, oc, IfConfig{})
+		send := inject(t, ns, "eth0")
+		for _, tpid := range []byte{0x81, 0x88} {
+			b := make([]byte, 100)
+			for i := range b {
+				b[i] = byte(i)
+			}
+			copy(b[12:], []byte{tpid, 0, 0x20, 5, 8, 6})
+			if tpid == 0x88 {
+				b[13] = 0xa8
+			}
+			send(b)
+			// The container's kernel says a thing or two of its own.
+			r, at := newReader(d, 0), -1
+			for at < 0 {
+				if _, err := r.fill(); err != nil {
+					t.Fatal(err)
+				}
+				at = slices.IndexFunc(r.fs, func(f frame.Frame) bool { return len(f.Data) >= len(b) && f.Data[len(b)-1] == b[len(b)-1] })
+			}
+			if !bytes.Equal(r.fs[at].Data, b) {
+				t.Errorf("%+v: sent\n%x got\n%x", oc, b, r.fs[at].Data)
+			}
+			if n := d.Transmit(r.fs[at:][:1]); n != 1 {
+				t.Errorf("%+v: did not take the frame back", oc)
+			}
+		}
+	}
+}
+
+func TestKindAuto(t *testing.T) {
+	ns := testbed.NewNS(t)
+	if d := open(t, ns, OpenConfig{Kind: KindAuto}, IfConfig{}); d.Info().Kind != KindTAP {
+		t.Errorf("with %s: %v", DevicePath, d.Info().Kind)
+	}
+	testbed.BindFile(t, DevicePath, "") // a plain file: no TAP can be had from it
+	if h, err := Open(OpenConfig{Name: "eth0"}); err == nil {
+		h.Close()
+		t.Error("a TAP without the device")
+	}
+	d := open(t, ns, OpenConfig{Kind: KindAuto}, IfConfig{})
+	if d.Info().Kind != KindPacket || d.Info().Name == "" {
+		t.Errorf("without %s: %+v", DevicePath, d.Info())
+	}
+}
+
+func TestInfoTravelsAsJSON(t *testing.T) {
+	in := Info{Name: "eth0", Kind: KindPacket, MAC: macA, MTU: 1400, Caps: frame.CapAll, VnetHdr: true}
+	b, err := json.Marshal(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out Info
+	if err := json.Unmarshal(b, &out); err != nil || in != out {
+		t.Errorf("%s became %+v, %v", b, out, err)
+	}
+	if err := json.Unmarshal([]byte(`{"kind":"tun"}`), &out); err == nil || !strings.Contains(err.Error(), "tap, packet") {
+		t.Errorf("an unknown kind: %v", err)
 	}
 }

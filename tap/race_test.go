@@ -1,0 +1,6 @@
+//go:build race
+
+package tap
+
+// The race detector makes a sync.Pool forget things on purpose.
+func init() { poolForgets = true }
