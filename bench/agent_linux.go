@@ -255,20 +255,20 @@ func user(ctx context.Context, args []string) error {
 		cancel()
 		return errors.Join(err, inside.Wait())
 	}
-	gone := make(chan error, 1)
-	go func() { gone <- daemon.Wait() }()
-	ended := make(chan error, 1)
-	go func() { ended <- inside.Wait() }()
+	var daemonErr, insideErr error
+	gone, ended := make(chan struct{}), make(chan struct{})
+	go func() { daemonErr = daemon.Wait(); close(gone) }()
+	go func() { insideErr = inside.Wait(); close(ended) }()
 	select {
-	case err = <-ended:
+	case <-ended:
 		cancel()
-		_ = <-gone // killed
-	case err = <-gone:
-		err = fmt.Errorf("%s has ended: %w", spec.Daemon[0], orExit(err))
+		<-gone // killed
+		return insideErr
+	case <-gone:
 		cancel()
-		_ = <-ended // killed too
+		<-ended
+		return fmt.Errorf("%s has ended: %w", spec.Daemon[0], orExit(daemonErr))
 	}
-	return err
 }
 
 // orExit is err, or that there was none.

@@ -147,6 +147,7 @@ func Markdown(res Results, goals []Goal) string {
 		t.write(&b, res.Rows, sums)
 	}
 	writeGoals(&b, sums, goals)
+	writeNotes(&b, res.Rows)
 	writeContenders(&b, res.Rows)
 	if len(res.Absent) > 0 {
 		b.WriteString("\n## Not measured\n\n")
@@ -186,6 +187,20 @@ func (t table) write(b *strings.Builder, rows []Row, sums map[summaryKey]summary
 			fmt.Fprintf(b, " %s |", sums[summaryKey{t.scenario, p, c.measure}].cell(c))
 		}
 		b.WriteString("\n")
+	}
+}
+
+// writeNotes says what went wrong where there is a figure all the same, once a measurement.
+func writeNotes(b *strings.Builder, rows []Row) {
+	var lines []string
+	for _, r := range rows {
+		a := Absence{r.Scenario, r.Peer, r.Round, r.Measure, r.Note}
+		if line := fmt.Sprintf("- %s: %s\n", a.subject(), a.reason()); r.Note != "" && !strings.HasSuffix(r.Measure, "cpu") {
+			lines = append(lines, line)
+		}
+	}
+	if len(lines) > 0 {
+		b.WriteString("\n## Measured, but\n\n" + strings.Join(lines, ""))
 	}
 }
 

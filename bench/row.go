@@ -19,6 +19,7 @@ type Row struct {
 	Unit      string    `json:"unit"`
 	Ratio     *float64  `json:"ratio,omitempty"` // to the kernel's value of the same round; absent where the kernel has none
 	Seconds   float64   `json:"seconds,omitempty"`
+	Note      string    `json:"note,omitempty"`     // what went wrong although there is a value
 	MTU       int       `json:"mtu"`                // of the client's interface, read back
 	Offloads  []string  `json:"offloads,omitempty"` // active on the client's interface, read back
 	Foreign   float64   `json:"foreign"`            // share of the machine's CPU time that others used

@@ -177,7 +177,7 @@ func (r *runner) contend(sc string, round int, e entrant, base map[string]float6
 	}
 	for _, m := range ms {
 		step.Measure, step.Rate, step.Left = m.name, "", r.left()
-		vs, n, err := r.measure(s, m, step)
+		vs, note, n, err := r.measure(s, m, step)
 		r.done++
 		if err != nil {
 			if err := absent(m.name, s.why(err)); err != nil {
@@ -186,7 +186,7 @@ func (r *runner) contend(sc string, round int, e entrant, base map[string]float6
 			continue
 		}
 		row := row
-		row.Foreign, row.Steal, row.Direction, row.Streams = n.foreign, n.steal, m.direction, max(m.cfg.Streams, 1)
+		row.Foreign, row.Steal, row.Direction, row.Streams, row.Note = n.foreign, n.steal, m.direction, max(m.cfg.Streams, 1), note
 		if err := report(row, vs); err != nil {
 			return err
 		}
@@ -206,40 +206,43 @@ type noise struct{ foreign, steal float64 }
 
 func (n noise) loud() bool { return n.foreign > tooForeign || n.steal > tooStolen }
 
-// measure takes one measurement, and takes it once more if the machine was not quiet; the quieter one counts.
-func (r *runner) measure(s *site, m measurement, step Step) ([]value, noise, error) {
-	vs, n, err := r.measureOnce(s, m, step)
-	if err == nil && n.loud() && r.cfg.Time >= repeatFrom {
-		vs2, n2, err2 := r.measureOnce(s, m, step)
-		if err2 == nil && n2.foreign+n2.steal < n.foreign+n.steal {
-			return vs2, n2, nil
+// measure takes one measurement, and takes it once more if the machine was not quiet; the quieter one counts. The note says what went wrong
+// although there are values.
+func (r *runner) measure(s *site, m measurement, step Step) (vs []value, note string, n noise, err error) {
+	vs, note, n, err = r.measureOnce(s, m, step)
+	if err == nil && note == "" && n.loud() && r.cfg.Time >= repeatFrom {
+		vs2, note2, n2, err2 := r.measureOnce(s, m, step)
+		if err2 == nil && note2 == "" && n2.foreign+n2.steal < n.foreign+n.steal {
+			return vs2, note2, n2, nil
 		}
 	}
-	return vs, n, err
+	return vs, note, n, err
 }
 
-func (r *runner) measureOnce(s *site, m measurement, step Step) ([]value, noise, error) {
+func (r *runner) measureOnce(s *site, m measurement, step Step) (vs []value, note string, n noise, err error) {
 	stop := r.watch(m, step)
 	defer stop()
 	s.logs.reset()
 	ds := daemons()
 	cpu0, err := readCPU()
 	if err != nil {
-		return nil, noise{}, err
+		return nil, "", n, err
 	}
 	all0, own0 := allTicks(), ticksOf(ds)
 	rep, err := s.agent.do(m, r.cfg.Time)
+	if err != nil && rep.Result.Bytes > 0 {
+		note, err = err.Error(), nil
+	}
 	if err != nil {
-		return nil, noise{}, err
+		return nil, "", n, err
 	}
 	all1, own1 := allTicks(), ticksOf(ds)
 	cpu1, err := readCPU()
 	if err != nil {
-		return nil, noise{}, err
+		return nil, "", n, err
 	}
-	vs, err := m.values(rep.Result)
-	if err != nil {
-		return nil, noise{}, err
+	if vs, err = m.values(rep.Result); err != nil {
+		return nil, "", n, err
 	}
 	if gb := float64(rep.Result.Bytes) / 1e9; m.kind == "stream" {
 		if len(ds) > 0 {
@@ -247,7 +250,7 @@ func (r *runner) measureOnce(s *site, m measurement, step Step) ([]value, noise,
 		}
 		vs = append(vs, value{m.name + " system cpu", float64(cpu1.busy()-cpu0.busy()) / ticksPerSecond / gb, "s/GB"})
 	}
-	return vs, noiseBetween(cpu0, cpu1, all1-min(all0, all1)), nil
+	return vs, note, noiseBetween(cpu0, cpu1, all1-min(all0, all1)), nil
 }
 
 // noiseBetween is what else happened between two readings, when our own processes used so many ticks.

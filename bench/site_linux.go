@@ -249,7 +249,8 @@ type agentConn struct {
 	greeting greeting
 }
 
-// do has the agent take a measurement, which takes its duration and at most a minute more.
+// do has the agent take a measurement, which takes its duration and at most a minute more. Along with an error there may be a result, of
+// what worked.
 func (a *agentConn) do(m measurement, d time.Duration) (reply, error) {
 	cfg := m.cfg
 	cfg.Duration = d

@@ -16,7 +16,7 @@
 //
 // # Protocol
 //
-// A TCP connection starts with one byte, the operation; opSource is followed by nothing and ends when the client closes. A UDP datagram starts with one byte,
+// A TCP connection starts with one byte, the operation; see tcp.go for what follows it. opSource ends when the client closes. A UDP datagram starts with one byte,
 // the operation, and four of session; see udp.go. On the port above its own the server speaks first: it sends one byte to whoever connects.
 //
 // # Limits

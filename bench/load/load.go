@@ -211,8 +211,8 @@ func (s blockingSocket) Close() error {
 	return unix.Close(s.fd)
 }
 
-// setTimeout bounds each blocking receive, so that a lost answer ends in EAGAIN and not in a hang.
+// setTimeout bounds each blocking receive and send, so that a lost answer or a stalled path ends in EAGAIN and not in a hang.
 func (s blockingSocket) setTimeout(d time.Duration) error {
 	tv := unix.NsecToTimeval(d.Nanoseconds())
-	return unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
+	return errors.Join(unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv), unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv))
 }

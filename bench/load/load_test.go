@@ -2,6 +2,8 @@ package load
 
 import (
 	"context"
+	"io"
+	"net"
 	"testing"
 	"time"
 )
@@ -66,6 +68,48 @@ func TestFailedConnectionsAreCounted(t *testing.T) {
 	r, err := ConnectRequestClose(t.Context(), Config{Addr: "127.0.0.1:1", Count: 3})
 	if err != nil || r.Errors != 3 || r.Ops != 0 || r.FirstErr == "" {
 		t.Errorf("got %+v, %v; want three errors", r, err)
+	}
+}
+
+// A stream that breaks is an error, and still has the figure of what arrived before.
+func TestBrokenStreamIsCounted(t *testing.T) {
+	addr := startServer(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	const passed = 1 << 20
+	go func() {
+		for first := true; ; first = false {
+			in, err := l.Accept()
+			if err != nil {
+				return
+			}
+			out, err := net.Dial("tcp", addr)
+			if err != nil {
+				in.Close()
+				return
+			}
+			go func() { _, _ = io.Copy(in, out) }()
+			if first {
+				_, _ = io.CopyN(out, in, passed)
+				_ = in.(*net.TCPConn).SetLinger(0)
+				in.Close()
+			} else {
+				_, _ = io.Copy(out, in)
+				in.Close()
+			}
+			out.Close()
+		}
+	}()
+	const d = 500 * time.Millisecond
+	r, err := Stream(t.Context(), Config{Addr: l.Addr().String(), Duration: d})
+	if err == nil || r.Elapsed < d || r.Elapsed > 2*d {
+		t.Errorf("%+v, %v; want an error and %v", r, err, d)
+	}
+	if want := int64(passed - 9); r.Bytes < 1 || r.Bytes > want { // operation and id are no data; the last of it may be on its way
+		t.Errorf("%d bytes, want up to %d", r.Bytes, want)
 	}
 }
 

@@ -10,6 +10,8 @@ import (
 	"net/netip"
 	"strconv"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,6 +27,7 @@ type Server struct {
 
 	mu    sync.Mutex
 	conns map[int]struct{} // descriptors in use, so that the end can wake their readers
+	sinks map[int64]*sinkCount
 	done  bool
 	wg    sync.WaitGroup
 }
@@ -45,7 +48,7 @@ func Listen(addr string) (*Server, error) {
 }
 
 func listen(host, port string) (_ *Server, err error) {
-	s := &Server{conns: make(map[int]struct{})}
+	s := &Server{conns: make(map[int]struct{}), sinks: make(map[int64]*sinkCount)}
 	defer func() {
 		if err != nil {
 			s.closeSockets()
@@ -165,8 +168,11 @@ func (s *Server) short(c blockingSocket) bool {
 		return true
 	}
 	switch b[0] {
-	case opSink, opSource:
-		s.wg.Go(func() { defer s.leave(c.fd); s.stream(c, b[0], n-1) })
+	case opSource:
+		s.wg.Go(func() { defer s.leave(c.fd); source(c) })
+		return false
+	case opSink, opSunk:
+		s.wg.Go(func() { defer s.leave(c.fd); s.sink(c, b[0], b[1:n]) })
 		return false
 	case opEcho:
 		if n == 2 {
@@ -184,27 +190,60 @@ func (s *Server) short(c blockingSocket) bool {
 	return true
 }
 
-func (s *Server) stream(c blockingSocket, op byte, already int) {
+func source(c blockingSocket) {
 	buf := make([]byte, 128<<10)
-	if op == opSource {
-		for {
-			if _, err := c.Write(buf); err != nil {
-				return
-			}
+	for {
+		if _, err := c.Write(buf); err != nil {
+			return
 		}
 	}
-	total := int64(already)
+}
+
+// sinkCount is what has come to a sink.
+type sinkCount struct{ bytes, took atomic.Int64 }
+
+// sink serves opSink and opSunk. already is what was read after the operation.
+func (s *Server) sink(c blockingSocket, op byte, already []byte) {
+	var raw [8]byte
+	if _, err := io.ReadFull(c, raw[copy(raw[:], already):]); err != nil {
+		return
+	}
+	id := getInt64(raw[:])
+	if op == opSunk {
+		n := s.sinkOf(id)
+		_, _ = c.Write(append(putInt64(n.bytes.Load()), putInt64(n.took.Load())...)) // the client that is gone does not ask
+		return
+	}
+	n := s.sinkOf(id)
+	start := time.Now()
+	buf := make([]byte, 128<<10)
 	for {
-		n, err := c.Read(buf)
-		total += int64(n)
+		k, err := c.Read(buf)
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
 			return
 		}
+		n.bytes.Add(int64(k))
+		n.took.Store(int64(time.Since(start)))
 	}
-	_, _ = c.Write(putInt64(total)) // the client that is gone does not ask
+	_, _ = c.Write(putInt64(n.bytes.Load())) // the client that is gone does not ask
+}
+
+// sinkOf is the count of the sink with that id, a new one at first.
+func (s *Server) sinkOf(id int64) *sinkCount {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.sinks[id]
+	if n == nil {
+		if len(s.sinks) >= maxSessions {
+			clear(s.sinks)
+		}
+		n = new(sinkCount)
+		s.sinks[id] = n
+	}
+	return n
 }
 
 func echo(c blockingSocket) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"strconv"
 	"sync/atomic"
@@ -15,7 +16,8 @@ import (
 
 // Operations a TCP client asks for with its first byte.
 const (
-	opSink   byte = 'S' // the server reads to the end and answers how many bytes came, 8 bytes big-endian
+	opSink   byte = 'S' // an id of 8 bytes, then data; the server reads to the end and answers how many bytes came, 8 bytes big-endian
+	opSunk   byte = 'N' // an id of 8 bytes; the server answers how many bytes came to that sink so far, and for how many nanoseconds
 	opSource byte = 'D' // the server sends until the client closes
 	opEcho   byte = 'E' // the server answers each read with the same bytes
 )
@@ -23,10 +25,11 @@ const (
 // ioTimeout ends a receive that nobody answers.
 const ioTimeout = 10 * time.Second
 
-// drainTimeout is how long what the sender's kernel still holds may take to arrive. Some paths stall there, which is to show in their figure.
-const drainTimeout = 40 * time.Second
+// drainTimeout is how long what the sender's kernel still holds may take to arrive.
+const drainTimeout = 15 * time.Second
 
-// Stream measures TCP throughput. Bytes are counted at the receiver; Elapsed runs until the last of them arrived.
+// Stream measures TCP throughput. Bytes are counted at the receiver; Elapsed runs until the last of them arrived. When a stream breaks or stalls,
+// the error says so and the Result has what had arrived by then, over at least Duration, where the server can still be asked.
 func Stream(ctx context.Context, c Config) (Result, error) {
 	c = c.withDefaults(128 << 10)
 	socks := make([]blockingSocket, 0, c.Streams)
@@ -45,29 +48,65 @@ func Stream(ctx context.Context, c Config) (Result, error) {
 			return Result{}, err
 		}
 	}
-	var total atomic.Int64
+	var total, longest atomic.Int64
 	errs := make([]error, c.Streams)
 	start := time.Now()
 	deadline := start.Add(c.Duration)
 	workers(c.Streams, func(i int) {
-		n, err := streamOne(ctx, socks[i], c, deadline)
+		id := rand.Int64()
+		n, err := streamOne(ctx, socks[i], c, deadline, id)
+		if err != nil {
+			// What is still on its way is not to disturb whatever comes next.
+			_ = unix.SetsockoptLinger(socks[i].fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+		}
+		if err != nil && !c.Reverse {
+			var took int64
+			if n, took, errs[i] = sunk(ctx, c.Addr, id); took > longest.Load() {
+				longest.Store(took) // of several streams any of the long ones will do
+			}
+		}
 		total.Add(n)
-		errs[i] = err
+		errs[i] = errors.Join(err, errs[i])
 	})
 	res := Result{Bytes: total.Load(), Elapsed: time.Since(start)}
 	if err := errors.Join(errs...); err != nil {
+		if !c.Reverse {
+			res.Elapsed = max(c.Duration, time.Duration(longest.Load()))
+		}
 		return res, fmt.Errorf("stream to %s: %w", c.Addr, err)
 	}
 	return res, nil
 }
 
-func streamOne(ctx context.Context, s blockingSocket, c Config, deadline time.Time) (received int64, err error) {
-	buf := make([]byte, c.Size)
-	op := opSink
-	if c.Reverse {
-		op = opSource
+// sunk asks on a connection of its own what has come to a sink.
+func sunk(ctx context.Context, addr string, id int64) (bytes, took int64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, ioTimeout)
+	defer cancel()
+	s, err := dial(ctx, "tcp", addr)
+	if err != nil {
+		return 0, 0, err
 	}
-	if _, err := s.Write([]byte{op}); err != nil {
+	defer s.Close()
+	if err := s.setTimeout(ioTimeout); err != nil {
+		return 0, 0, err
+	}
+	if _, err := s.Write(append([]byte{opSunk}, putInt64(id)...)); err != nil {
+		return 0, 0, err
+	}
+	var b [16]byte
+	if _, err := io.ReadFull(s, b[:]); err != nil {
+		return 0, 0, fmt.Errorf("ask what arrived: %w", err)
+	}
+	return getInt64(b[:]), getInt64(b[8:]), nil
+}
+
+func streamOne(ctx context.Context, s blockingSocket, c Config, deadline time.Time, id int64) (received int64, err error) {
+	buf := make([]byte, c.Size)
+	op := append([]byte{opSink}, putInt64(id)...)
+	if c.Reverse {
+		op = []byte{opSource}
+	}
+	if _, err := s.Write(op); err != nil {
 		return 0, err
 	}
 	for time.Now().Before(deadline) && ctx.Err() == nil {
