@@ -1,0 +1,130 @@
+package node
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"patchbay/bench/load"
+	"patchbay/frame"
+	"patchbay/internal/testbed"
+	"patchbay/nat"
+)
+
+// outsideLoad is an external machine with a load server on its port 7, and an address of it.
+func outsideLoad(t *testing.T) (*testbed.External, string) {
+	t.Helper()
+	ext := testbed.NewExternal(t, "external")
+	newOutsider(t, ext.NS).do(ask{Serve: ":7"})
+	return ext, netip.AddrPortFrom(ext.Addr4, 7).String()
+}
+
+// shortConnections lets a container's kernel have as many ports in TIME-WAIT as a test makes connections in a minute.
+func shortConnections(b *box) {
+	b.do(ask{Sysctl: [2]string{"net/ipv4/ip_local_port_range", "2048 65535"}})
+	b.do(ask{Sysctl: [2]string{"net/ipv4/tcp_tw_reuse", "1"}})
+}
+
+// short makes connections and holds that none fails and none takes 200 ms, which leaves no room for a SYN that is sent again.
+func short(t *testing.T, b *box, c load.Config) load.Result {
+	t.Helper()
+	const slowest = 200 * time.Millisecond
+	r := b.do(ask{Short: &c}).Result
+	t.Logf("%d connections, %d at a time, server first %v: %v, %.0f/s, p50 %v, p99 %v, slowest %v", r.Ops, max(c.Streams, 1), c.Greeting,
+		r.Elapsed.Round(time.Millisecond), r.OpsPerSecond(), r.P50, r.P99, r.Max)
+	if r.Errors != 0 || r.Ops != int64(c.Count) {
+		t.Errorf("%d of %d connections failed; the first: %s", r.Errors, c.Count, r.FirstErr)
+	}
+	if r.Max > slowest {
+		t.Errorf("the slowest connection took %v, want at most %v", r.Max, slowest)
+	}
+	return r
+}
+
+// TestManyFlowsAndBack holds 1,000 flows open at once with bytes through each, then makes 20,000 short ones in a row. None fails, and
+// afterwards the node is as small as before.
+func TestManyFlowsAndBack(t *testing.T) {
+	testbed.Leaks(t)
+	_, addr := outsideLoad(t)
+	n := newNet(t, NetworkConfig{})
+	b := newBox(t, n, ContainerConfig{Name: "box"})
+	shortConnections(b)
+	// What grows once and for all is grown: buffers, tables, the switch's scratch.
+	b.do(ask{Flows: &flows{Addr: addr, Open: 100, Rounds: 2, Size: 20000, Close: true}})
+	b.do(ask{Short: &load.Config{Addr: addr, Count: 500}})
+	testbed.Wait(5*time.Second, func() bool { return n.Status().NAT.TCPFlows == 0 })
+	before := measure()
+
+	b.do(ask{Flows: &flows{Addr: addr, Open: 1000, Rounds: 3, Size: 20000}})
+	if f := n.Status().NAT.TCPFlows; f != 1000 {
+		t.Errorf("%d flows for 1,000 open connections", f)
+	}
+	t.Logf("1,000 flows: %v", measure())
+	b.do(ask{Flows: &flows{Rounds: 3, Size: 100, Close: true}})
+	testbed.Eventually(t, 10*time.Second, func() bool { return n.Status().NAT.TCPFlows == 0 })
+	backTo(t, before, 10*time.Second)
+
+	count := 20000
+	if testing.Short() {
+		count = 3000
+	}
+	short(t, b, load.Config{Addr: addr, Count: count})
+	testbed.Eventually(t, 10*time.Second, func() bool { return n.Status().NAT.TCPFlows == 0 })
+	backTo(t, before, 10*time.Second)
+}
+
+// TestShortConnections makes 60,000 connections from one container to one port, 16 at a time, and 10,000 to a server that speaks first: within
+// a minute, none failing, none slower than 200 ms.
+func TestShortConnections(t *testing.T) {
+	testbed.Leaks(t)
+	_, addr := outsideLoad(t)
+	n := newNet(t, NetworkConfig{})
+	b := newBox(t, n, ContainerConfig{Name: "box"})
+	shortConnections(b)
+	many, greeted := 60000, 10000
+	if testing.Short() {
+		many, greeted = 5000, 2000
+	}
+	r := short(t, b, load.Config{Addr: addr, Count: many, Streams: 16})
+	if r.Elapsed > time.Minute {
+		t.Errorf("%d connections took %v, want at most a minute", many, r.Elapsed)
+	}
+	short(t, b, load.Config{Addr: addr, Count: greeted, Streams: 16, Greeting: true})
+}
+
+// TestBlackHoleStallsNobodyElse opens 2,000 connections of one container to an address that answers nothing. Another container's connections are as quick as before,
+// the first one's other connections are refused room, and every one of that is counted.
+//
+//	[a] ─┐                       ┌── ext: drops what is for 203.0.113.1
+//	     switch ─ gateway ─ host ┤
+//	[b] ─┘                       └── ext: load server
+func TestBlackHoleStallsNobodyElse(t *testing.T) {
+	testbed.Leaks(t)
+	ext, addr := outsideLoad(t)
+	gone := netip.MustParseAddr("203.0.113.1")
+	testbed.AddRoute(t, testbed.Host(t), netip.PrefixFrom(gone, 32), ext.Addr4) // ext forwards nothing
+	const limit = 1000
+	n := newNet(t, NetworkConfig{Limits: nat.Limits{HalfOpen: 4000, HalfOpenPerContainer: limit}})
+	a, b := newBox(t, n, ContainerConfig{Name: "a"}), newBox(t, n, ContainerConfig{Name: "b"})
+	shortConnections(b)
+	count := 3000
+	if testing.Short() {
+		count = 1000
+	}
+	c := load.Config{Addr: addr, Count: count, Streams: 4}
+	b.do(ask{Short: &c}) // warm
+	quiet := short(t, b, c)
+	a.do(ask{Hole: &hole{Addr: netip.AddrPortFrom(gone, 80).String(), Count: 2000}})
+	testbed.Eventually(t, 5*time.Second, func() bool { return n.Status().NAT.HalfOpen == limit })
+	if d := drop(n, frame.DropDialLimit); d < 1000 {
+		t.Errorf("%s is %d, want at least the 1,000 above the limit", frame.DropDialLimit, d)
+	}
+	beside := short(t, b, c)
+	if beside.P50 > 3*quiet.P50 && beside.P50 > 20*time.Millisecond {
+		t.Errorf("half of b's connections took %v beside a's black hole and %v before", beside.P50, quiet.P50)
+	}
+	if d := n.Status().NAT.HalfOpen; d != limit {
+		t.Errorf("%d half-open connects afterwards, want %d still", d, limit)
+	}
+	// a ends, and its dials with it... not at once: the host's sockets wait for their answer. The network's end takes them.
+}
