@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"patchbay/internal/testbed"
+	"patchbay/tap"
 )
 
 func write(t *testing.T, path, content string, perm os.FileMode) string {
@@ -175,6 +176,14 @@ func TestIDs(t *testing.T) {
 	// Capabilities do not come back by way of a nested user namespace's privileges over the container's network.
 	code, out := finish(t, run(t, Spec{Net: NetNone, KeepID: true, Argv: sh("ip link set lo mtu 1400 2>&1; unshare -Ur ip link set lo mtu 1400 2>&1; :")}))
 	if code != 0 || strings.Count(out, "not permitted") != 2 {
+		t.Errorf("status %d, output %q", code, out)
+	}
+}
+
+// TestKeepIDOverPacketSocket: where there is no TAP to be had the edge process needs one capability more.
+func TestKeepIDOverPacketSocket(t *testing.T) {
+	spec := Spec{KeepID: true, Interfaces: []Interface{{Name: "eth0", Kind: tap.KindPacket}}, Argv: sh(`ls /sys/class/net; grep CapEff /proc/self/status`)}
+	if code, out := finish(t, run(t, spec)); code != 0 || out != "eth0\nlo\nCapEff:\t0000000000000000\n" {
 		t.Errorf("status %d, output %q", code, out)
 	}
 }

@@ -160,6 +160,7 @@ func (p *Process) run(died <-chan syscall.WaitStatus) {
 // follow reads what the edge process has to say until it is gone.
 func (p *Process) follow() {
 	buf := make([]byte, maxMessage)
+	ready := false
 	for {
 		m, _, err := p.link.recv(buf, false)
 		if err != nil {
@@ -167,6 +168,10 @@ func (p *Process) follow() {
 		}
 		switch m.Kind {
 		case msgReady:
+			if ready {
+				continue // from here on COMMAND may be speaking through a traced edge process: the notes do not grow for as long as it likes
+			}
+			ready = true
 			p.mu.Lock()
 			p.notes = append(p.notes, m.Notes...)
 			p.mu.Unlock()

@@ -22,8 +22,8 @@ type Stdio struct {
 }
 
 // edgeCaps is what the edge process needs when it is not root in its user namespace: to mount and name the host, to configure the
-// network, and to give capabilities up for COMMAND.
-var edgeCaps = []uintptr{unix.CAP_SYS_ADMIN, unix.CAP_NET_ADMIN, unix.CAP_SETPCAP}
+// network, to open a packet socket, and to give capabilities up for COMMAND.
+var edgeCaps = []uintptr{unix.CAP_SYS_ADMIN, unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SETPCAP}
 
 // Process is a container from the side of its parent. It is safe for concurrent use.
 type Process struct {

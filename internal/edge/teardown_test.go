@@ -166,6 +166,36 @@ func TestSignalBeforeRelease(t *testing.T) {
 	}
 }
 
+// TestEdgeProcessMaySayReadyOnce: root in the container may trace the edge process and send what it likes to the parent, as often as it likes.
+func TestEdgeProcessMaySayReadyOnce(t *testing.T) {
+	sp, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parent, err := newLink(sp[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer parent.Close()
+	forger, err := newLink(sp[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer forger.Close()
+		for range 1000 {
+			if err := forger.send(message{Kind: msgReady, Notes: []string{"note"}}); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	p := &Process{link: parent, ready: make(chan struct{}), started: make(chan struct{})}
+	p.follow()
+	if notes := p.Notes(); len(notes) != 1 {
+		t.Errorf("%d notes were kept, want those of the first message", len(notes))
+	}
+}
+
 func TestReleaseTellsWhyNot(t *testing.T) {
 	testbed.Require(t)
 	p, err := Start(context.Background(), Spec{Net: NetNone, Argv: []string{"/no/such"}}, Stdio{})
