@@ -194,9 +194,10 @@ func (t table) write(b *strings.Builder, rows []Row, sums map[summaryKey]summary
 func writeNotes(b *strings.Builder, rows []Row) {
 	var lines []string
 	for _, r := range rows {
-		a := Absence{r.Scenario, r.Peer, r.Round, r.Measure, r.Note}
-		if line := fmt.Sprintf("- %s: %s\n", a.subject(), a.reason()); r.Note != "" && !strings.HasSuffix(r.Measure, "cpu") {
-			lines = append(lines, line)
+		measured := slices.ContainsFunc(measurementsOf(r.Scenario), func(m measurement) bool { return m.name == r.Measure })
+		if r.Note != "" && measured {
+			a := Absence{r.Scenario, r.Peer, r.Round, r.Measure, r.Note}
+			lines = append(lines, fmt.Sprintf("- %s: %s\n", a.subject(), a.reason()))
 		}
 	}
 	if len(lines) > 0 {

@@ -241,6 +241,9 @@ func (r *runner) measureOnce(s *site, m measurement, step Step) (vs []value, not
 	if err != nil {
 		return nil, "", n, err
 	}
+	if e := rep.Result.Errors; e > 0 {
+		note = fmt.Sprintf("%d requests failed, the first with: %s", e, rep.Result.FirstErr)
+	}
 	if vs, err = m.values(rep.Result); err != nil {
 		return nil, "", n, err
 	}

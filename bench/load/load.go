@@ -211,8 +211,15 @@ func (s blockingSocket) Close() error {
 	return unix.Close(s.fd)
 }
 
-// setTimeout bounds each blocking receive and send, so that a lost answer or a stalled path ends in EAGAIN and not in a hang.
+// setTimeout bounds each blocking receive, so that a lost answer ends in EAGAIN and not in a hang.
 func (s blockingSocket) setTimeout(d time.Duration) error {
 	tv := unix.NsecToTimeval(d.Nanoseconds())
-	return errors.Join(unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv), unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv))
+	return unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
+}
+
+// setSendTimeout bounds each blocking send on a connected socket. A connect under it would not be restarted after a signal, and the runtime sends
+// itself many.
+func (s blockingSocket) setSendTimeout(d time.Duration) error {
+	tv := unix.NsecToTimeval(d.Nanoseconds())
+	return unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv)
 }

@@ -44,7 +44,7 @@ func Stream(ctx context.Context, c Config) (Result, error) {
 			return Result{}, fmt.Errorf("stream to %s: %w", c.Addr, err)
 		}
 		socks = append(socks, s)
-		if err := s.setTimeout(ioTimeout); err != nil {
+		if err := errors.Join(s.setTimeout(ioTimeout), s.setSendTimeout(ioTimeout)); err != nil {
 			return Result{}, err
 		}
 	}
