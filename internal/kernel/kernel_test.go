@@ -105,7 +105,7 @@ func TestAllAsOrdinaryUser(t *testing.T) {
 		return byName(t, rs)
 	}
 	rs := run()
-	for _, name := range []string{"user-namespaces", "tun", "tap", "tap-vnet-hdr", "tap-checksum", "tap-tso", "tap-uso", "tap-multi-queue", "udp-segment", "udp-gro", "splice", "ipv6"} {
+	for _, name := range []string{"user-namespaces", "tun", "tap", "tap-vnet-hdr", "tap-checksum", "tap-tso", "tap-uso", "tap-multi-queue", "packet-device", "udp-segment", "udp-gro", "splice", "ipv6"} {
 		if r, found := rs[name]; !found || !r.OK {
 			t.Errorf("%s: %+v", name, r)
 		}
@@ -229,6 +229,24 @@ func TestUnprivilegedPortStart(t *testing.T) {
 	ns.Do(func() {
 		if n := UnprivilegedPortStart(); n != 80 {
 			t.Errorf("%d, want 80", n)
+		}
+	})
+}
+
+// Without /dev/net/tun everything about a TAP fails with the remedy for the device, and what stands in for it is still tried.
+func TestInsideWithoutTUN(t *testing.T) {
+	ns := testbed.NewNS(t)
+	testbed.BindFile(t, TUNPath, "")
+	ns.Do(func() {
+		for name, r := range byName(t, All(Config{})) {
+			switch {
+			case name == "tun" || strings.HasPrefix(name, "tap"):
+				if r.OK || !strings.Contains(r.Remedy, "mknod") {
+					t.Errorf("%+v", r)
+				}
+			case !r.OK && name != "low-ports":
+				t.Errorf("%+v", r)
+			}
 		}
 	})
 }

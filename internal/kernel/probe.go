@@ -46,7 +46,7 @@ type Config struct {
 // All runs every probe, in the order `patchbay doctor` shows them.
 func All(c Config) []Result {
 	rs := []Result{UserNS(), TUN()}
-	rs = append(rs, tapFeatures(c)...)
+	rs = append(rs, insideProbes(c)...)
 	return append(rs,
 		IPv6(), Ping(4), Ping(6), LowPorts(),
 		UDPSegment(), UDPGRO(), Splice(),

@@ -46,20 +46,17 @@ func tun(path string) Result {
 	return fail(r, detail, "see whether it is a character device with number 10, 200")
 }
 
-// tapFeatures are the results of Inside, from wherever it can run.
-func tapFeatures(c Config) []Result {
-	if r := TUN(); !r.OK {
-		return tapNotTried("TUN cannot be opened", r.Remedy)
-	}
+// insideProbes are the results of Inside, from wherever it can run.
+func insideProbes(c Config) []Result {
 	if rs, err := inThread(); err == nil {
 		return rs
 	}
 	if c.Child == nil {
-		return tapNotTried("not tried: needs a network namespace of its own", "run `patchbay doctor`")
+		return notTried("not tried: needs a network namespace of its own", "run `patchbay doctor`")
 	}
 	rs, err := inChild(c)
 	if err != nil {
-		return tapNotTried(fmt.Sprintf("not tried: %v", err), "make user namespaces work first")
+		return notTried(fmt.Sprintf("not tried: %v", err), "make user namespaces work first")
 	}
 	return rs
 }
@@ -77,7 +74,7 @@ func inThread() ([]Result, error) {
 			done <- answer{err: err}
 			return
 		}
-		done <- answer{rs: tryTAP()}
+		done <- answer{rs: inside()}
 	}()
 	a := <-done
 	return a.rs, a.err
@@ -122,9 +119,20 @@ func inChild(c Config) ([]Result, error) {
 	return rs, nil
 }
 
-// Inside probes what a TAP can do, in the network namespace the caller is in and may configure, and writes the results to w as JSON. It is
+// Inside probes what a TAP and its substitute can do, in the network namespace the caller is in and may configure, and writes the results to w as JSON. It is
 // what Config.Child is to run.
-func Inside(w io.Writer) error { return json.NewEncoder(w).Encode(tryTAP()) }
+func Inside(w io.Writer) error { return json.NewEncoder(w).Encode(inside()) }
+
+func inside() []Result {
+	if r := TUN(); !r.OK {
+		return append(tapNotTried("TUN cannot be opened", r.Remedy), packetDevice())
+	}
+	return append(tryTAP(), packetDevice())
+}
+
+func notTried(detail, remedy string) []Result {
+	return append(tapNotTried(detail, remedy), fail(packetResult, detail, remedy))
+}
 
 // tapProbes are the properties of a TAP that matter. flags are added to TUNSETIFF, offload is given to TUNSETOFFLOAD.
 var tapProbes = [...]struct {
@@ -195,4 +203,21 @@ func tryTAPWith(flags uint16, offload int) error {
 		}
 	}
 	return nil
+}
+
+// packetResult is what packetDevice fills in; it is never written to.
+var packetResult = Result{Name: "packet-device", Need: "Linux 2.6.27"}
+
+// packetDevice opens a packet socket with a virtio header, which stands in for a TAP where /dev/net/tun cannot be had.
+func packetDevice() Result {
+	const without = "no interface for a container where /dev/net/tun cannot be opened"
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fail(packetResult, fmt.Sprintf("packet socket: %v: %s", err, without), "use a kernel with CONFIG_PACKET; a sandbox kernel may lack it")
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
+		return fail(packetResult, fmt.Sprintf("PACKET_VNET_HDR: %v: %s", err, without), "use Linux 2.6.27 or later; a sandbox kernel may lack it at any version")
+	}
+	return ok(packetResult, "works")
 }
