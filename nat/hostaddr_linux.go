@@ -28,6 +28,7 @@ type hostAddr struct {
 type hostAddrSet struct {
 	read time.Time
 	m    map[netip.Addr]bool // value: on a loopback interface
+	v6   bool                // there is an IPv6 address on another interface
 }
 
 func newHostAddrs(now func() time.Time) *hostAddrs {
@@ -49,6 +50,9 @@ func (h *hostAddrs) onLoopback(a netip.Addr) bool {
 	a = a.Unmap()
 	return a.IsLoopback() || h.set().m[a]
 }
+
+// has6 reports whether the host has an IPv6 address to go anywhere from.
+func (h *hostAddrs) has6() bool { return h.set().v6 }
 
 func (h *hostAddrs) set() *hostAddrSet {
 	s := h.cur.Load()
@@ -72,6 +76,9 @@ func (h *hostAddrs) set() *hostAddrSet {
 	}
 	for _, a := range as {
 		next.m[a.addr] = next.m[a.addr] || a.loopback
+	}
+	for a, loopback := range next.m {
+		next.v6 = next.v6 || a.Is6() && !loopback
 	}
 	h.cur.Store(next)
 	return next

@@ -118,7 +118,6 @@ func New(cfg Config) (*NAT, error) {
 		return nil, errors.New("nat: Config.Network is nil; give the gateway")
 	}
 	n := &NAT{net: cfg.Network, limits: cfg.Limits.withDefaults(), drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock, openUDP: cfg.OpenUDP, published: make(map[*Published]struct{})}
-	raiseDescriptors()
 	if n.drops == nil {
 		n.drops = new(frame.DropCounters)
 	}

@@ -180,7 +180,8 @@ func (n *NAT) foreign(a netip.Addr) bool {
 	return true
 }
 
-// Descriptors that publishing leaves for connections: a sixteenth of the limit, between these bounds.
+// Descriptors that publishing leaves for connections: a sixteenth of the limit, between these bounds. The soft limit is the hard one already: Go's
+// runtime has raised it, and puts it back for the programs it starts, unless somebody sets it once more.
 const minSpareFDs, maxSpareFDs = 16, 1024
 
 // checkDescriptors says whether the process may open count more descriptors and still have some for connections.
@@ -204,13 +205,4 @@ func checkDescriptors(count int) error {
 		return fmt.Errorf("%d ports need as many file descriptors and %d of %d are left; raise the limit (ulimit -n, LimitNOFILE=) or publish fewer", count, max(left, 0), limit)
 	}
 	return nil
-}
-
-// raiseDescriptors raises the soft limit of open files to the hard one: a flow costs a descriptor, and so does a published port.
-func raiseDescriptors() {
-	var l unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) == nil && l.Cur < l.Max {
-		l.Cur = l.Max
-		unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
-	}
 }

@@ -109,6 +109,8 @@ func (n *NAT) answer(r stack.TCPRequest, err error) {
 	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.ENOMEM):
 		n.drops.Add(frame.DropFlowLimit, 1)
 		r.Ignore()
+	case errors.Is(err, unix.EADDRNOTAVAIL) && r.Dst().Addr().Is6() && !n.hosts.has6(): // switched off by disable_ipv6
+		r.Unreachable(stack.UnreachNet)
 	case errors.Is(err, unix.EADDRNOTAVAIL), errors.Is(err, unix.EAGAIN): // the host's ephemeral ports are used up
 		n.drops.Add(frame.DropHostSend, 1)
 		r.Ignore()

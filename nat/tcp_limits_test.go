@@ -68,6 +68,15 @@ func TestAnswers(t *testing.T) {
 	r.want(t, "host")
 }
 
+// TestHostWithoutIPv6: where IPv6 is switched off the kernel says EADDRNOTAVAIL, as it does when ports run out. A container that is told
+// at once goes on with IPv4; one that is told nothing waits for minutes.
+func TestHostWithoutIPv6(t *testing.T) {
+	ns := testbed.NewNS(t, "v4-only")
+	testbed.Sysctl(t, ns, "net/ipv6/conf/all/disable_ipv6", "1")
+	n := startNAT(t, Config{Network: addrNet{}, Subnets: testPolicy().subnets})
+	ns.Do(func() { n.try(t, "10.0.2.9:1000", "[2001:db8::1]:80").want(t, "net") })
+}
+
 // TestHostLoopback holds that the alias leads to a service on 127.0.0.1 when, and only when, it is opened.
 func TestHostLoopback(t *testing.T) {
 	testbed.Leaks(t)

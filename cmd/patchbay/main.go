@@ -55,7 +55,10 @@ func usageError(c *cli.Context, err error, _ bool) error {
 	if c.Command != nil && c.Command.Name != "" && c.Command.Name != "patchbay" {
 		name += " " + c.Command.Name
 	}
-	return fmt.Errorf("%s: %w; see %s --help", strings.TrimPrefix(name, "patchbay "), err, name)
+	if sub, ok := strings.CutPrefix(name, "patchbay "); ok {
+		err = fmt.Errorf("%s: %w", sub, err)
+	}
+	return fmt.Errorf("%w; see %s --help", err, name)
 }
 
 // exitStatus is an error that has been reported, or needs no report, and carries the status to end with.

@@ -62,7 +62,7 @@ func (n *Network) Start(ctx context.Context, cfg ContainerConfig) (_ *Container,
 	for _, s := range cfg.Publish {
 		p, err := n.nat.Publish(s, c.addrs)
 		if err != nil {
-			return nil, fmt.Errorf("publish %s: %w", s, err)
+			return nil, err
 		}
 		c.published = append(c.published, p)
 	}
@@ -106,6 +106,9 @@ func (n *Network) reserve(cfg ContainerConfig) (*Container, error) {
 	}
 	if err := CheckName(name); err != nil {
 		return nil, err
+	}
+	if name == gatewayName {
+		return nil, fmt.Errorf("name %q is the gateway's on network %q; choose another with --name", name, n.cfg.Name)
 	}
 	if n.containers[name] != nil {
 		return nil, fmt.Errorf("name %q is taken on network %q; choose another with --name", name, n.cfg.Name)

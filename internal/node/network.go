@@ -22,6 +22,9 @@ import (
 // DefaultMTU is what containers expect: the jumbo MTUs that other tools need for speed break programs that trust them.
 const DefaultMTU = 1500
 
+// gatewayName is what the gateway's port is called.
+const gatewayName = "gateway"
+
 // Network is one switch with a gateway and its services: one broadcast domain. See the package documentation.
 type Network struct {
 	cfg     NetworkConfig
@@ -90,7 +93,7 @@ func NewNetwork(ctx context.Context, cfg NetworkConfig) (_ *Network, err error) 
 		return nil, err
 	}
 	n.sw = vswitch.New(vswitch.Config{})
-	n.gwPort, err = n.sw.AddPort(n.gw, vswitch.PortConfig{Name: "gateway", MAC: n.gw.MAC()})
+	n.gwPort, err = n.sw.AddPort(n.gw, vswitch.PortConfig{Name: gatewayName, MAC: n.gw.MAC()})
 	if err != nil {
 		return nil, err
 	}
