@@ -13,11 +13,11 @@ import (
 	"patchbay/internal/wire"
 )
 
-// Limits of one batch of a read loop, unless Config says otherwise. A batch must stay in a core's second-level cache from the read to the
-// write; see doc.go for what was measured.
+// Limits of one batch of a read loop, unless Config says otherwise. A small batch stays in a core's cache from
+// the read to the write; see doc.go for what was measured.
 const (
 	DefaultBatchFrames = 64
-	DefaultBatchBytes  = 192 << 10
+	DefaultBatchBytes  = 64 << 10
 )
 
 // DefaultSpin is how long a read loop looks for more before its thread sleeps, unless Config says otherwise. Waking a thread takes about
@@ -251,5 +251,5 @@ func (d *Device) closeWakes() {
 func (q *queue) interrupt() {
 	q.stop.Store(true)
 	one := [8]byte{1: 1} // any value but zero, in either byte order
-	unix.Write(q.wake, one[:])
+	_, _ = unix.Write(q.wake, one[:])
 }

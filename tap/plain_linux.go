@@ -27,7 +27,7 @@ func openPlain(c OpenConfig, h *Handle) (*Handle, error) {
 		return nil, explainOpen(c.Name, err)
 	}
 	// The interface may be a persistent one whose last owner negotiated offloads.
-	unix.IoctlSetInt(h.FDs[0], unix.TUNSETOFFLOAD, 0)
+	_ = unix.IoctlSetInt(h.FDs[0], unix.TUNSETOFFLOAD, 0)
 	if err := finishOpen(c, h); err != nil {
 		h.Close()
 		return nil, explainOpen(c.Name, err)

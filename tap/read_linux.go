@@ -62,7 +62,7 @@ func (d *Device) startServe(q *queue) error {
 	q.stop.Store(false)
 	// What woke the last Serve must not wake this one.
 	var b [8]byte
-	unix.Read(q.wake, b[:])
+	_, _ = unix.Read(q.wake, b[:])
 	d.serves.Add(1)
 	return nil
 }
