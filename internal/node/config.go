@@ -40,7 +40,7 @@ type ContainerConfig struct {
 	Hostname string
 	// Addrs asks for addresses, at most one of each IP version. Default: the pool's next.
 	Addrs []netip.Addr
-	// MAC of the interface. Default: made from the IPv4 address, or at random.
+	// MAC of the interface. Default: made from its first address, so that a new holder of the address is reached at once.
 	MAC wire.MAC
 	// Publish are port specifications as nat.ParseSpec reads them.
 	Publish []nat.Spec

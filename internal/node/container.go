@@ -3,6 +3,7 @@ package node
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -50,6 +51,10 @@ func (n *Network) Start(ctx context.Context, cfg ContainerConfig) (_ *Container,
 	if err != nil {
 		return nil, err
 	}
+	defer n.starting.Done()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(n.aborted, cancel)()
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, c.Close())
@@ -90,7 +95,7 @@ func (n *Network) Start(ctx context.Context, cfg ContainerConfig) (_ *Container,
 	return c, nil
 }
 
-// reserve takes the name.
+// reserve takes the name, and adds to n.starting.
 func (n *Network) reserve(cfg ContainerConfig) (*Container, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -115,6 +120,7 @@ func (n *Network) reserve(cfg ContainerConfig) (*Container, error) {
 	}
 	c := &Container{network: n, name: name, mac: cfg.MAC, started: time.Now()}
 	n.containers[name] = c
+	n.starting.Add(1)
 	return c, nil
 }
 
@@ -145,16 +151,27 @@ func (c *Container) lease(ctx context.Context, cfg ContainerConfig) (edge.Interf
 		return ifc, fmt.Errorf("address %s is in no subnet of network %q (%s), or the second of its kind; choose one inside", wanted[0], n.cfg.Name, joinPrefixes(n.subnets))
 	}
 	if c.mac.IsZero() {
-		m, err := randomMAC()
-		if err != nil {
-			return ifc, err
-		}
 		n.mu.Lock()
-		c.mac = m
+		c.mac = macOf(c.addrs[0])
 		n.mu.Unlock()
 	}
 	ifc.MAC = c.mac
 	return ifc, nil
+}
+
+// macOf is the MAC of whoever has address a on a network: unicast, locally administered (IEEE 802 §8.2), and the same each time. So when an address goes to
+// another container, or to the same one after a restart, what its neighbours remember of it stays true; with another MAC they would send
+// into the void until their entries have gone stale and failed, some eight seconds.
+func macOf(a netip.Addr) (m wire.MAC) {
+	if a.Is4() {
+		b := a.As4()
+		return wire.MAC{0x0a, 0x58, b[0], b[1], b[2], b[3]}
+	}
+	b := a.As16()
+	sum := sha256.Sum256(b[:])
+	copy(m[:], sum[:])
+	m[0] = m[0]&^1 | 2
+	return m
 }
 
 func joinPrefixes(ps []netip.Prefix) string {

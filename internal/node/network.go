@@ -41,6 +41,10 @@ type Network struct {
 	dhcp   *dhcp.Server        // nil without IPv4
 	drops  *frame.DropCounters // of the gateway and everything behind it
 
+	starting sync.WaitGroup     // Starts under way; added to under mu
+	abort    context.CancelFunc // ends them
+	aborted  context.Context
+
 	mu         sync.Mutex
 	closed     bool
 	serial     int // numbers the containers that were given no name
@@ -77,6 +81,7 @@ func NewNetwork(ctx context.Context, cfg NetworkConfig) (_ *Network, err error) 
 		cfg.MTU = DefaultMTU
 	}
 	n := &Network{cfg: cfg, log: cfg.Logger, containers: make(map[string]*Container), drops: new(frame.DropCounters)}
+	n.aborted, n.abort = context.WithCancel(context.Background())
 	if n.log == nil {
 		n.log = slog.New(slog.DiscardHandler)
 	}
@@ -262,11 +267,15 @@ func (n *Network) publishZone() {
 	n.dns.SetZone(&z)
 }
 
-// Close ends every container and the network. Idempotent; it returns when nothing is left.
+// Close ends every container, those that are being started too, and the network. Idempotent; it returns when nothing is left.
 func (n *Network) Close() error {
 	n.mu.Lock()
 	n.closed = true
+	n.mu.Unlock()
+	n.abort()
+	n.starting.Wait() // a Container belongs to its Start alone until that returns
 	var left []*Container
+	n.mu.Lock()
 	for _, c := range n.containers {
 		left = append(left, c)
 	}
