@@ -153,8 +153,12 @@ func New(c Config) (*Device, error) {
 // checkFD makes sure that what came over the socket is what the message said, and makes it non-blocking.
 func checkFD(fd int, info Info) error {
 	if info.Kind == KindPacket {
-		if n, err := unix.GetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR); err != nil || n != 1 || !info.VnetHdr {
-			return fmt.Errorf("tap %q: descriptor %d is no packet socket with a virtio header (%v)", info.Name, fd, err)
+		n, err := unix.GetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR)
+		if err != nil {
+			return fmt.Errorf("tap %q: descriptor %d is no packet socket: %w", info.Name, fd, err)
+		}
+		if n != 1 || !info.VnetHdr {
+			return fmt.Errorf("tap %q: packet socket without a virtio header: hand over what Open returned", info.Name)
 		}
 	} else if name, flags, err := getIff(fd); err == nil {
 		if flags&unix.IFF_TAP == 0 {
