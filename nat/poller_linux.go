@@ -135,7 +135,7 @@ func (p *poller) forget(fd int, wait bool) {
 	if fd < len(p.slots) && p.slots[fd].h != nil {
 		p.slots[fd] = pollSlot{}
 		if !p.freed {
-			unix.EpollCtl(p.epfd, unix.EPOLL_CTL_DEL, fd, nil)
+			_ = unix.EpollCtl(p.epfd, unix.EPOLL_CTL_DEL, fd, nil) // its owner may have closed it
 		}
 	}
 	for wait && p.running == fd {
@@ -181,7 +181,7 @@ func (p *poller) armTick(d time.Duration) {
 func (p *poller) kick() {
 	if !p.freed {
 		one := [8]byte{0: 1}
-		unix.Write(p.wake, one[:])
+		_, _ = unix.Write(p.wake, one[:]) // full means that a wake-up is due already
 	}
 }
 
@@ -249,7 +249,7 @@ func (p *poller) dispatch(ev *unix.EpollEvent) {
 // drain empties the eventfd and runs what was posted.
 func (p *poller) drain() {
 	var b [8]byte
-	unix.Read(p.wake, b[:])
+	_, _ = unix.Read(p.wake, b[:]) // empty means that somebody has drained it
 	p.mu.Lock()
 	fs := p.posted
 	p.posted, p.spare = p.spare[:0], nil

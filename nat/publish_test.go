@@ -93,7 +93,7 @@ func TestPublishSource(t *testing.T) {
 		if string(b) != "hello" || err != nil {
 			t.Errorf("%s: %q, %v", c.to, b, err)
 		}
-		want := netip.AddrPortFrom(netip.Addr{}, 0)
+		var want netip.AddrPort
 		if c.want == "own" {
 			want = netip.MustParseAddrPort(conn.LocalAddr().String())
 		} else {

@@ -1,6 +1,7 @@
 package nat
 
 import (
+	"errors"
 	"io"
 	"net/netip"
 	"sync"
@@ -69,7 +70,7 @@ func (u *udpNAT) publish(b *binding) (io.Closer, error) {
 	p := &pubPort{u: u, b: *b}
 	p.owner = p
 	err := p.openUDP(b.host, b.dual, true)
-	if b.dual && (err == unix.EAFNOSUPPORT || err == unix.EADDRNOTAVAIL) {
+	if b.dual && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
 		// The host has no IPv6: every address of it is an IPv4 one.
 		p.b.host, p.b.dual = netip.AddrPortFrom(netip.IPv4Unspecified(), b.host.Port()), false
 		err = p.openUDP(p.b.host, false, true)

@@ -68,19 +68,17 @@ func connect(dst netip.AddrPort, port uint16) (fd int, done bool, err error) {
 			return -1, false, errPortTaken
 		}
 	}
-	if err = unix.Connect(fd, sa); err == unix.EINPROGRESS {
+	if err = unix.Connect(fd, sa); errors.Is(err, unix.EINPROGRESS) {
 		// On the way back from that call the kernel has taken in whatever a local peer answered at once; asking again tells.
 		err = unix.Connect(fd, sa)
 	}
-	switch err {
-	case nil, unix.EISCONN:
+	switch {
+	case err == nil, errors.Is(err, unix.EISCONN):
 		return fd, true, nil
-	case unix.EALREADY, unix.EINPROGRESS:
+	case errors.Is(err, unix.EALREADY), errors.Is(err, unix.EINPROGRESS):
 		return fd, false, nil
-	case unix.EADDRNOTAVAIL:
-		if port != 0 {
-			err = errPortTaken
-		}
+	case errors.Is(err, unix.EADDRNOTAVAIL) && port != 0:
+		err = errPortTaken
 	}
 	unix.Close(fd)
 	return -1, false, err

@@ -256,7 +256,7 @@ func (t *tcpNAT) abandon(d *tcpDial, remove func(int)) {
 // connect starts a connect on the host.
 func (t *tcpNAT) connect(to netip.AddrPort) (fd int, done bool, err error) {
 	if port := t.recycler.take(to); port != 0 {
-		if fd, done, err = connect(to, port); err != errPortTaken {
+		if fd, done, err = connect(to, port); !errors.Is(err, errPortTaken) {
 			return fd, done, err
 		}
 		t.recycler.forget(to)

@@ -1,6 +1,7 @@
 package nat
 
 import (
+	"errors"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -148,7 +149,7 @@ func (f *tcpFlow) TryWrite(b []byte) (int, error) {
 	if n == len(b) {
 		return n, nil
 	}
-	if err != nil && err != unix.EAGAIN {
+	if err != nil && !errors.Is(err, unix.EAGAIN) {
 		return max(n, 0), err
 	}
 	if !f.outOn {
@@ -179,7 +180,7 @@ func (f *tcpFlow) containerEnd(err error) {
 	f.first.CompareAndSwap(0, fromContainer) // before the host can answer
 	f.wr.Lock()
 	if !f.closed {
-		unix.Shutdown(f.fd, unix.SHUT_WR)
+		_ = unix.Shutdown(f.fd, unix.SHUT_WR) // a peer that is gone needs no FIN
 	}
 	f.wr.Unlock()
 	f.eof()
@@ -239,7 +240,7 @@ func (f *tcpFlow) download(b []byte, turns int) {
 				f.t.spawn(func() { f.downloadSlow(rest) })
 				return
 			}
-		case err == unix.EAGAIN:
+		case errors.Is(err, unix.EAGAIN):
 			if f.down.CompareAndSwap(downBusy, downIdle) {
 				return
 			}
@@ -277,7 +278,7 @@ func (f *tcpFlow) downloadSlow(b *buf) {
 		n, err = f.read(b.b)
 		switch {
 		case n > 0:
-		case err == unix.EAGAIN:
+		case errors.Is(err, unix.EAGAIN):
 			n = 0
 			if f.down.CompareAndSwap(downBusy, downIdle) {
 				return

@@ -244,10 +244,11 @@ func firstHeader(b []byte, ip *wire.IP) []byte {
 		h[6] = ip.Proto
 		return h
 	}
-	next, off := h[6], wire.IPv6Len
+	off := wire.IPv6Len
 	for off+2 <= f {
 		at := off
-		next, off = h[off], off+(int(h[off+1])+1)*8
+		next := h[off]
+		off += (int(h[off+1]) + 1) * 8
 		if next == 44 {
 			if off != f {
 				return nil

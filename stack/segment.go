@@ -141,7 +141,7 @@ func (g *Gateway) sortTCP(b *batch, p *Packet) {
 // inPacket copies the IP packet of p into a buffer of netstack's, sized to it.
 func inPacket(p *Packet) *gstack.PacketBuffer {
 	v := buffer.NewView(p.IP.Len)
-	v.Write(p.Frame.Data[p.L3 : p.L3+p.IP.Len])
+	_, _ = v.Write(p.Frame.Data[p.L3 : p.L3+p.IP.Len]) // the view was made for as much
 	pkt := gstack.NewPacketBuffer(gstack.PacketBufferOptions{Payload: buffer.MakeWithView(v)})
 	pkt.NetworkProtocolNumber = netProto(p.IP.Src)
 	pkt.NetworkHeader().Consume(p.IP.HdrLen)
