@@ -65,6 +65,7 @@ type Device struct {
 	frames int
 	bytes  int
 	spin   time.Duration
+	nowait bool // see nowait_linux.go
 	drops  *frame.DropCounters
 	queues []*queue
 	pool   sync.Pool // of *scratch
@@ -135,6 +136,7 @@ func New(c Config) (*Device, error) {
 		drops:  c.Drops,
 		pool:   sync.Pool{New: func() any { return new(scratch) }},
 	}
+	d.nowait = takesNowait(c.FDs[0])
 	for _, fd := range c.FDs {
 		if err := checkFD(fd, c.Info); err != nil {
 			d.closeWakes()

@@ -29,15 +29,17 @@
 // thread in ppoll(2) on the queue and an eventfd, by which Close and the context wake it. The runtime's poller is not used: it adds a thread
 // switch to every wake-up.
 //
-// What was measured on two busy cores, against kernel veth+bridge in the same run (BenchmarkTCP, BenchmarkRR):
+// What was measured, on two cores that other work shared, so that single figures scatter by a factor of two (BenchmarkTCP and BenchmarkRR
+// repeat it; take them to a quiet machine before changing a default):
 //
-//   - poll and non-blocking reads against one blocking read a frame (which nothing can stop): the same within noise, so poll it is;
-//   - a locked thread (LockOSThread): no gain;
-//   - spinning for 50 µs: request-response p50 from 105 to between 20 and 80 µs where the cores idle (the kernel's bridge: 80), less CPU a
-//     request, no loss of throughput;
-//   - bytes in a batch from 1 KiB to 512 KiB: no difference in CPU seconds a GB, so it is small for the memory's sake;
-//   - IFF_NAPI: nothing that joining before the write does not do better; not used;
-//   - joining 32 datagrams of 64 bytes into one write: 0.4 µs a frame instead of 3.4.
+//   - poll and non-blocking reads against one blocking read a frame (which nothing can stop): four rounds, no difference above the
+//     scatter, so it is poll; nor from LockOSThread;
+//   - looking again before sleeping: prototypes that always did so for 30 or 150 µs brought request-response p50 from about 100 µs to
+//     20 in most and 50 to 180 in other runs while the cores were idle, at twice the CPU a second. The spinner with its back-off, on busy
+//     cores: p50 within the scatter of not spinning, and 4 to 13 % more CPU a GB of bulk TCP. Config.Spin -1 turns it off;
+//   - bytes in a batch from 1 KiB to 512 KiB: 0.75 to 0.77 CPU seconds a GB throughout, so it is small for the memory's sake;
+//   - joining 32 datagrams of 64 bytes into one write: 0.4 µs a frame in Transmit instead of 3.4, to an interface where nobody
+//     listens: what the receiving kernel pays to cut them is not in it. IFF_NAPI on top made it dearer (one run), so it is not used.
 //
 // # Ownership
 //

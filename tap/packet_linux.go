@@ -171,7 +171,7 @@ func readPacket(fd int, b []byte) (rec []byte, errno unix.Errno) {
 	msg := unix.Msghdr{Iov: &iov[0], Control: (*byte)(unsafe.Pointer(&ctl))}
 	msg.SetIovlen(len(iov))
 	msg.SetControllen(int(unsafe.Sizeof(ctl)))
-	r, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(&msg)), 0)
+	r, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(&msg)), unix.MSG_DONTWAIT)
 	if errno != 0 {
 		return nil, errno
 	}

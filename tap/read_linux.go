@@ -89,7 +89,7 @@ func (r *reader) read(b []byte) (rec []byte, errno unix.Errno) {
 	if r.d.info.Kind == KindPacket {
 		return readPacket(r.q.fd, b)
 	}
-	n, errno := readFD(r.q.fd, b)
+	n, errno := readFD(r.q.fd, b, r.d.nowait)
 	if errno != 0 {
 		return nil, errno
 	}
@@ -201,11 +201,4 @@ func (r *reader) wait() error {
 		}
 		return nil
 	}
-}
-
-// readFD is a read(2) that keeps the processor: it never blocks, since the descriptor is non-blocking, and telling the scheduler about a
-// system call costs as much as a short one takes.
-func readFD(fd int, b []byte) (int, unix.Errno) {
-	n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
-	return int(n), errno
 }

@@ -95,11 +95,11 @@ func (d *Device) transmitOne(f *frame.Frame) frame.Drop {
 		return why
 	}
 	if !d.info.VnetHdr {
-		return write(fd, f.Data)
+		return d.write(fd, f.Data)
 	}
 	var hdr [wire.VirtioNetHdrLen]byte
 	f.Hdr.Encode(hdr[:])
-	return write(fd, hdr[:], f.Data)
+	return d.write(fd, hdr[:], f.Data)
 }
 
 // tooBig looks closer at a frame above the MTU: a VLAN tag does not count.
@@ -122,13 +122,13 @@ func (d *Device) transmitFinished(fd int, f *frame.Frame, s *scratch) frame.Drop
 		var why frame.Drop
 		switch {
 		case d.info.VnetHdr && len(head) > 0:
-			why = write(fd, s.hdr[:], head, payload)
+			why = d.write(fd, s.hdr[:], head, payload)
 		case d.info.VnetHdr:
-			why = write(fd, s.hdr[:], payload)
+			why = d.write(fd, s.hdr[:], payload)
 		case len(head) > 0:
-			why = write(fd, head, payload)
+			why = d.write(fd, head, payload)
 		default:
-			why = write(fd, payload)
+			why = d.write(fd, payload)
 		}
 		if why != noDrop {
 			return why
@@ -175,7 +175,7 @@ func (d *Device) writeRun(hdr *wire.VirtioNetHdr, s *scratch) frame.Drop {
 	for i, p := range s.vec {
 		s.iov[i+1] = iovec(p)
 	}
-	return writev(d.pick(s.vec[0]), s.iov[:len(s.vec)+1])
+	return d.writev(d.pick(s.vec[0]), s.iov[:len(s.vec)+1])
 }
 
 // pick chooses the queue to write to. The kernel remembers it for the flow: answers are then read from that queue.
@@ -187,12 +187,12 @@ func (d *Device) pick(data []byte) int {
 }
 
 // write writes one frame that is made of up to three pieces.
-func write(fd int, pieces ...[]byte) frame.Drop {
+func (d *Device) write(fd int, pieces ...[]byte) frame.Drop {
 	var iov [3]unix.Iovec
 	for i, p := range pieces {
 		iov[i] = iovec(p)
 	}
-	return writev(fd, iov[:len(pieces)])
+	return d.writev(fd, iov[:len(pieces)])
 }
 
 func iovec(b []byte) (v unix.Iovec) {
@@ -202,9 +202,9 @@ func iovec(b []byte) (v unix.Iovec) {
 }
 
 // writev writes one frame gathered from iov.
-func writev(fd int, iov []unix.Iovec) frame.Drop {
+func (d *Device) writev(fd int, iov []unix.Iovec) frame.Drop {
 	for try := 0; ; {
-		switch writevFD(fd, iov) {
+		switch writevFD(fd, iov, d.nowait) {
 		case 0:
 			return noDrop
 		case unix.EINTR:
@@ -216,10 +216,4 @@ func writev(fd int, iov []unix.Iovec) frame.Drop {
 			return frame.DropTxError
 		}
 	}
-}
-
-// writevFD is a writev(2) that keeps the processor, for the reason given at readFD.
-func writevFD(fd int, iov []unix.Iovec) unix.Errno {
-	_, _, errno := unix.RawSyscall(unix.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)))
-	return errno
 }
