@@ -445,7 +445,7 @@ func TestUDPSortAllocatesNothing(t *testing.T) {
 		}
 		fs = append(fs, frame.Frame{Data: ipPacket(src, dst, wire.ProtoUDP, 64, udp(1, 2, make([]byte, 1400)))})
 	}
-	if a := testing.AllocsPerRun(200, func() { g.Transmit(fs) }); a != 0 {
+	if a := testing.AllocsPerRun(200, func() { g.Transmit(fs) }); a != 0 && !raceEnabled { // under -race sync.Pool forgets on purpose
 		t.Fatalf("%v allocations for 32 datagrams, want 0", a)
 	}
 	if n != 201*32 {

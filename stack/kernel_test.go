@@ -107,8 +107,8 @@ func TestAnswers(t *testing.T) {
 			}
 		}
 	}
-	if len(w.gw.pending.m) != 0 || len(w.gw.pending.bySrc) != 0 {
-		t.Errorf("%d requests left", len(w.gw.pending.m))
+	if !testbed.Wait(patience, func() bool { n, sources := w.gw.waiting(); return n == 0 && sources == 0 }) {
+		t.Error("requests are left")
 	}
 }
 
@@ -141,6 +141,7 @@ func TestServerSpeaksFirst(t *testing.T) {
 			for range 250 {
 				start := time.Now()
 				c := w.dial(t, to)
+				connected := time.Since(start)
 				b, err := io.ReadAll(c)
 				c.Close()
 				if err != nil || string(b) != "220 welcome\r\n" {
@@ -149,6 +150,7 @@ func TestServerSpeaksFirst(t *testing.T) {
 				}
 				if d := int64(time.Since(start)); d > slowest.Load() {
 					slowest.Store(d)
+					t.Logf("%s: connected after %v, read after %v", to, connected, time.Duration(d))
 				}
 			}
 		})
@@ -595,8 +597,8 @@ func TestHalfOpenLimit(t *testing.T) {
 	for _, r := range held {
 		r.Ignore()
 	}
-	if len(w.gw.pending.m) != 0 {
-		t.Errorf("%d requests left", len(w.gw.pending.m))
+	if !testbed.Wait(patience, func() bool { n, sources := w.gw.waiting(); return n == 0 && sources == 0 }) {
+		t.Error("requests are left")
 	}
 	if _, err := held[0].Accept(); err == nil {
 		t.Error("answered twice")

@@ -183,9 +183,12 @@ func (g *Gateway) hold(f *frame.Frame) {
 	if e == nil || e.known || g.nb.held+len(f.Data) > heldBytes {
 		resolved := e != nil && e.known // meanwhile
 		g.nb.mu.Unlock()
-		if resolved && g.address(f) {
-			g.sendTo(f.Data, wire.Dst(f.Data), etherTypeOf(f.Data))
+		if t := g.tx.get(); t != nil && resolved && g.address(f) {
+			t.sink.Forward([]frame.Frame{*f})
+			g.tx.put(t)
 			return
+		} else if t != nil {
+			g.tx.put(t)
 		}
 		g.drops.Add(frame.DropUnresolved, 1)
 		return

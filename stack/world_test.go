@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -78,6 +80,13 @@ func newWorld(t testing.TB, cfg Config, open tap.OpenConfig) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// The kernel takes an IPv6 address into its routes a little later, and until then drops what comes for it, such as our answer to its first
+	// neighbour solicitation.
+	testbed.Eventually(t, patience, func() bool {
+		var b []byte
+		w.Do(func() { b, _ = os.ReadFile("/proc/thread-self/net/ipv6_route") })
+		return strings.Contains(string(b), "fd000088000000000000000000000002 80")
+	})
 	if w.dev, err = tap.New(tap.Config{Info: h.Info, FDs: h.FDs}); err != nil {
 		t.Fatal(err)
 	}
