@@ -107,6 +107,7 @@ func run(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	node.SetProcs(max(ctr.Queues, 1))
 	network, err := node.NewNetwork(ctx, cfg)
 	if err != nil {
 		return err
