@@ -27,7 +27,7 @@ type icmpNAT struct {
 
 func newICMP(n *NAT) (*icmpNAT, error) {
 	c := &icmpNAT{u: n.udp}
-	c.flows = newFlowTable(n.udp, fdBudget(n.limits.PingFlows), n.limits.PingFlowsPerContainer, func(*flow) time.Duration { return n.limits.PingIdle })
+	c.flows = newFlowTable(n.udp, n.limits.PingFlows, n.limits.PingFlowsPerContainer, func(*flow) time.Duration { return n.limits.PingIdle })
 	c.flows.open = c.open
 	return c, nil
 }

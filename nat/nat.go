@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"patchbay/frame"
 	"patchbay/stack"
 )
@@ -36,10 +38,11 @@ type Config struct {
 	Clock func() time.Time
 }
 
-// Limits are the bounds of a NAT. Zero fields take the default in brackets.
+// Limits are the bounds of a NAT. Zero fields take the default in brackets. What is per container is counted by its address, and a container has
+// three: IPv4, IPv6 and link-local. Flows are fewer where the limit of open files is too low for them; see fit.
 type Limits struct {
 	TCPFlows              int // established and connecting, published included [16384]
-	TCPFlowsPerContainer  int // [8192]
+	TCPFlowsPerContainer  int // [4096]
 	HalfOpen              int // connects on the host that wait for an answer [1024]
 	HalfOpenPerContainer  int // [256]
 	UDPFlows              int // [16384]
@@ -68,7 +71,7 @@ func (l Limits) withDefaults() Limits {
 		}
 	}
 	n(&l.TCPFlows, 16384)
-	n(&l.TCPFlowsPerContainer, 8192)
+	n(&l.TCPFlowsPerContainer, 4096)
 	n(&l.HalfOpen, 1024)
 	n(&l.HalfOpenPerContainer, 256)
 	n(&l.UDPFlows, 16384)
@@ -83,6 +86,20 @@ func (l Limits) withDefaults() Limits {
 	t(&l.UDPDNSIdle, 30*time.Second)
 	t(&l.PingIdle, 60*time.Second)
 	return l
+}
+
+// fit makes flows few enough for a process that may have files open, so that no container takes the descriptors which published ports, the resolver and
+// the flows of others need. It reports whether it had to.
+func (l *Limits) fit(files int) (less bool) {
+	for _, f := range [...]struct {
+		total, each *int
+		sixteenths  int
+	}{{&l.TCPFlows, &l.TCPFlowsPerContainer, 6}, {&l.UDPFlows, &l.UDPFlowsPerContainer, 5}, {&l.PingFlows, &l.PingFlowsPerContainer, 1}} {
+		if most := max(files*f.sixteenths/16, 4); *f.total > most {
+			*f.total, *f.each, less = most, min(*f.each, most/4), true
+		}
+	}
+	return less
 }
 
 // NAT carries the flows of one container network. It implements stack.TCPHandler. Safe for concurrent use.
@@ -126,6 +143,12 @@ func New(cfg Config) (*NAT, error) {
 	}
 	if n.now == nil {
 		n.now = time.Now
+	}
+	// The soft limit is the hard one already: Go's runtime has raised it, and puts it back for the programs it starts unless somebody sets it once more.
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err == nil && n.limits.fit(int(min(files.Cur, 1<<30))) {
+		n.log.Warn("fewer flows than the limits say, since each needs a descriptor", "open files", files.Cur, "tcp", n.limits.TCPFlows, "udp", n.limits.UDPFlows,
+			"remedy", "raise the hard limit of open files (ulimit -Hn, LimitNOFILE=)")
 	}
 	n.hosts = newHostAddrs(n.now)
 	n.policy = &policy{network: n.net, subnets: cfg.Subnets, hostLoopback: cfg.HostLoopback, allowLinkLocal: cfg.AllowLinkLocal, hosts: n.hosts}

@@ -180,8 +180,7 @@ func (n *NAT) foreign(a netip.Addr) bool {
 	return true
 }
 
-// Descriptors that publishing leaves for connections: a sixteenth of the limit, between these bounds. The soft limit is the hard one already: Go's
-// runtime has raised it, and puts it back for the programs it starts, unless somebody sets it once more.
+// Descriptors that publishing leaves for connections: a sixteenth of the limit, between these bounds.
 const minSpareFDs, maxSpareFDs = 16, 1024
 
 // checkDescriptors says whether the process may open count more descriptors and still have some for connections.

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"patchbay/frame"
 	"patchbay/internal/testbed"
 )
@@ -66,6 +68,32 @@ func TestAnswers(t *testing.T) {
 	r := n.try(t, src, netip.AddrPortFrom(netip.AddrFrom4(last), 80).String())
 	testbed.Eventually(t, 10*time.Second, func() bool { return r.got() != "" })
 	r.want(t, "host")
+}
+
+// TestFlowsLeaveDescriptors holds that no container can use up the process's descriptors by its flows, however few there are.
+func TestFlowsLeaveDescriptors(t *testing.T) {
+	for _, files := range []int{64, 256, 1024, 4096, 20000, 1 << 20} {
+		l := Limits{}.withDefaults()
+		full := l
+		if less := l.fit(files); less != (l != full) || less != (files < 1<<20) {
+			t.Errorf("%d files: less %v: %+v", files, less, l)
+		}
+		if sum := l.TCPFlows + l.UDPFlows + l.PingFlows; sum > files*3/4 {
+			t.Errorf("%d files: %d flows", files, sum)
+		}
+		// A container has three addresses.
+		if 3*l.TCPFlowsPerContainer > l.TCPFlows*3/4 || 3*l.UDPFlowsPerContainer > l.UDPFlows*3/4 || 3*l.PingFlowsPerContainer > l.PingFlows*3/4 {
+			t.Errorf("%d files: one container may have nearly all: %+v", files, l)
+		}
+	}
+	var r unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
+		t.Fatal(err)
+	}
+	n := startNAT(t, Config{Network: addrNet{}, Limits: Limits{TCPFlows: 1 << 30, UDPFlows: 1 << 30, PingFlows: 1 << 30}})
+	if got := n.tcp.flows.total + n.udp.flows.quota.total + n.icmp.flows.quota.total; uint64(got) > r.Cur*3/4 {
+		t.Errorf("%d flows with %d descriptors", got, r.Cur)
+	}
 }
 
 // TestHostWithoutIPv6: where IPv6 is switched off the kernel says EADDRNOTAVAIL, as it does when ports run out. A container that is told

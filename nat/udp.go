@@ -7,8 +7,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"patchbay/frame"
 	"patchbay/internal/wire"
 	"patchbay/stack"
@@ -44,20 +42,11 @@ type udpNAT struct {
 func newUDP(n *NAT) (*udpNAT, error) {
 	u := &udpNAT{n: n, net: n.net, drops: n.drops, policy: n.policy, loop: n.packets, now: n.now, mtu: n.net.MTU(), rx: newRecvBatch()}
 	u.errors = tokens{rate: errorsPerSecond}
-	u.flows = newFlowTable(u, fdBudget(n.limits.UDPFlows), n.limits.UDPFlowsPerContainer, func(f *flow) time.Duration { return udpIdle(f, &n.limits) })
+	u.flows = newFlowTable(u, n.limits.UDPFlows, n.limits.UDPFlowsPerContainer, func(f *flow) time.Duration { return udpIdle(f, &n.limits) })
 	u.flows.open = openUDPFlow(ephemeralPorts())
 	u.pubs.init(u, n.limits.UDPFlows, n.limits.UDPFlowsPerContainer)
 	n.packets.setTick(u.tick)
 	return u, nil
-}
-
-// fdBudget is n, or half of the descriptors the process may open when that is less: the rest is for TCP and published ports.
-func fdBudget(n int) int {
-	var r unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &r) == nil && r.Cur/2 < uint64(n) {
-		return int(r.Cur / 2)
-	}
-	return n
 }
 
 // HandlePackets sends the datagrams of ps on their way. It never waits. Implements stack.PacketHandler.
