@@ -133,10 +133,16 @@ func (b *binding) checkIPv4(p []byte) (frame.Drop, bool) {
 		}
 		return frame.DropSpoofIP, true
 	}
-	if !b.allows(src) {
+	if !b.allows(src) || p[9] == wire.ProtoUDP && binary.BigEndian.Uint16(p[6:])&0x1fff == 0 && b.offers(p[min(int(p[0]&0xf)*4, len(p)):], 67, 68) {
 		return frame.DropSpoofIP, true
 	}
 	return 0, false
+}
+
+// offers reports whether the UDP datagram is one of a DHCP server, which like a router's advertisement would have its receivers send everything
+// to whoever sent it.
+func (b *binding) offers(udp []byte, server, client uint16) bool {
+	return !b.any && len(udp) >= 4 && binary.BigEndian.Uint16(udp) == server && binary.BigEndian.Uint16(udp[2:]) == client
 }
 
 func (b *binding) checkIPv6(p []byte, gso bool) (frame.Drop, bool) {
@@ -145,7 +151,7 @@ func (b *binding) checkIPv6(p []byte, gso bool) (frame.Drop, bool) {
 	}
 	src := netip.AddrFrom16([16]byte(p[8:24]))
 	if next := p[6]; next == wire.ProtoTCP || next == wire.ProtoUDP {
-		if !b.allows(src) {
+		if !b.allows(src) || next == wire.ProtoUDP && b.offers(p[wire.IPv6Len:], 547, 546) {
 			return frame.DropSpoofIP, true
 		}
 		return 0, false
@@ -155,6 +161,9 @@ func (b *binding) checkIPv6(p []byte, gso bool) (frame.Drop, bool) {
 		return frame.DropMalformed, true
 	}
 	if !b.allows(src) && !(src.IsUnspecified() && ip.Proto == wire.ProtoICMPv6) {
+		return frame.DropSpoofIP, true
+	}
+	if ip.Proto == wire.ProtoUDP && ip.FragOff == 0 && b.offers(p[ip.HdrLen:ip.Len], 547, 546) {
 		return frame.DropSpoofIP, true
 	}
 	// RFC 6980: hosts ignore ND in fragments; the middle of something has no type to look at.

@@ -26,6 +26,15 @@ func ip4(src wire.MAC, from, to string, proto uint8, payload ...byte) frame.Fram
 	return frame.Frame{Data: append(b, payload...)}
 }
 
+// ip4opt is ip4 with four bytes of options.
+func ip4opt(src wire.MAC, from, to string, proto uint8, payload ...byte) frame.Frame {
+	f := ip4(src, from, to, proto, append([]byte{1, 1, 1, 0}, payload...)...)
+	f.Data[14]++ // header length
+	binary.BigEndian.PutUint16(f.Data[24:], 0)
+	binary.BigEndian.PutUint16(f.Data[24:], ^wire.Fold(wire.Sum(f.Data[14:38], 0)))
+	return f
+}
+
 func udp(sport, dport uint16) []byte {
 	b := binary.BigEndian.AppendUint16(nil, sport)
 	return append(binary.BigEndian.AppendUint16(b, dport), 0, 8, 0, 0)
@@ -80,6 +89,13 @@ func TestAntiSpoofing(t *testing.T) {
 		{"tag cut off", frame.Frame{Data: tagged(ip4(own, "10.0.0.5", "10.0.0.1", 17), 0x8100).Data[:16]}, frame.DropMalformed},
 		{"IPv4 cut off", frame.Frame{Data: ip4(own, "10.0.0.5", "10.0.0.1", 17).Data[:33]}, frame.DropMalformed},
 		{"DHCP client", ip4(own, "0.0.0.0", "255.255.255.255", 17, udp(68, 67)...), ok},
+		{"DHCP server", ip4(own, "10.0.0.5", "255.255.255.255", 17, udp(67, 68)...), frame.DropSpoofIP},
+		{"DHCP server, tagged", tagged(ip4(own, "10.0.0.5", "10.0.0.7", 17, udp(67, 68)...), 0x8100), frame.DropSpoofIP},
+		{"DHCP server, IP options", ip4opt(own, "10.0.0.5", "10.0.0.7", 17, udp(67, 68)...), frame.DropSpoofIP},
+		{"DHCP, renewal", ip4(own, "10.0.0.5", "10.0.0.1", 17, udp(68, 67)...), ok},
+		{"DHCPv6 server", ip6(own, ll, "fe80::2", 17, udp(547, 546)...), frame.DropSpoofIP},
+		{"DHCPv6 server behind hop-by-hop", ip6(own, ll, "fe80::2", 0, hop(17, udp(547, 546))...), frame.DropSpoofIP},
+		{"DHCPv6 client", ip6(own, ll, "ff02::1:2", 17, udp(546, 547)...), ok},
 		{"unspecified, not DHCP", ip4(own, "0.0.0.0", "255.255.255.255", 17, udp(68, 53)...), frame.DropSpoofIP},
 		{"IGMP report", ip4(own, "0.0.0.0", "224.0.0.22", 2), ok},
 

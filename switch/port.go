@@ -35,7 +35,7 @@ type PortConfig struct {
 	// Addrs binds the port to these source addresses: in IP packets, ARP senders and ND targets, VLAN-tagged ones too. Unspecified sources pass
 	// where a host has none yet (DHCP, ARP probes, duplicate address detection, MLD). IPv6 link-local sources must be among Addrs; where none is,
 	// the one made from MAC passes (EUI-64), or any if there is no MAC. A port with Addrs is a host: its router
-	// advertisements and redirects are dropped. Empty is unbound.
+	// advertisements, redirects, and answers of a DHCP server are dropped. Empty is unbound.
 	Addrs []netip.Addr
 	// MACLimit is how many sources may be learned on the port; frames from further ones are dropped. 0 is no limit but the table's.
 	MACLimit int
