@@ -2,6 +2,7 @@ package dns
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -320,6 +321,35 @@ func TestRefusedRequests(t *testing.T) {
 		_, _, data := datagram(t, <-n.sent)
 		if m := new(dns.Msg); m.Unpack(data) != nil || m.Rcode != c.want || m.Id != q.Id {
 			t.Errorf("%s: got %v", c.what, m)
+		}
+	}
+}
+
+// TestQueryBomb: a query that would expand to megabytes is refused by its header.
+func TestQueryBomb(t *testing.T) {
+	s, _ := newServer(t, Config{})
+	long := strings.Repeat("\x3f"+strings.Repeat("x", 63), 3) + "\x00"
+	for _, size := range []int{1400, maxQuery, 64000} {
+		for _, section := range []int{4, 10} { // questions; records of a type without data
+			record := "\xc0\x0c\x00\x01\x00\x01"
+			if section == 10 {
+				record += "\x00\x00\x00\x00\x00\x00"
+			}
+			b := []byte("\x12\x34\x01\x00" + "\x00\x01\x00\x00\x00\x00\x00\x00" + long + "\x00\x01\x00\x01")
+			for n := count(b, section); len(b)+len(record) <= size; {
+				b = append(b, record...)
+				n++
+				binary.BigEndian.PutUint16(b[section:], uint16(n))
+			}
+			var v verdict
+			allocs := testing.AllocsPerRun(5, func() { v = s.judge(b) })
+			m := new(dns.Msg)
+			if err := m.Unpack(v.answer); err != nil || m.Rcode != dns.RcodeFormatError || m.Id != 0x1234 {
+				t.Errorf("%d bytes: %v, %v", size, m, err)
+			}
+			if allocs > 30 {
+				t.Errorf("%d bytes, count at %d: %.0f allocations", size, section, allocs)
+			}
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 const (
 	headerLen = 12
 	maxQuery  = 4096 // longest query taken
+	maxExtra  = 8    // records in a query's additional section; clients send one (EDNS0), or one more (a signature)
 	ednsSize  = 1232 // UDP size advertised with our own answers: what crosses any IPv6 path whole
 	maxUDP    = 4096 // longest answer a resolver may send by UDP; a longer one counts as truncated
 )
@@ -96,13 +97,11 @@ func fit(b []byte, limit int) []byte {
 	return bare(b)
 }
 
+// count is one of the four counts in the header of b: of questions at 4, of the records of each section at 6, 8 and 10.
+func count(b []byte, at int) int { return int(binary.BigEndian.Uint16(b[at:])) }
+
 // records is how many records the header of b promises, over all sections.
-func records(b []byte) (n int) {
-	for i := 6; i < headerLen; i += 2 {
-		n += int(binary.BigEndian.Uint16(b[i:]))
-	}
-	return n
-}
+func records(b []byte) int { return count(b, 6) + count(b, 8) + count(b, 10) }
 
 // bare is the answer b cut down to its header and question, with TC set.
 func bare(b []byte) []byte {
