@@ -3,13 +3,15 @@ package nat
 import (
 	"sync"
 	"sync/atomic"
+
+	"patchbay/stack"
 )
 
 // Sizes of the buffers that bytes from the host pass through. A flow holds one only while the container does not take what the host sent.
 // Small ones serve most; a flow that fills its own gets a big one, so that netstack can send full superframes, as long as there are few of them.
 const (
-	smallBuf = 32 << 10
-	bigBuf   = 256 << 10
+	smallBuf = stack.SuperPayload // what leaves as one superframe, and no crumb behind it
+	bigBuf   = 4 * stack.SuperPayload
 	maxBig   = 32 // in use at once, 8 MiB; beyond that flows make do with small ones
 )
 

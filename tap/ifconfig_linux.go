@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -149,6 +150,7 @@ func configure(nl *netlink.Handle, c IfConfig) (out Configured, err error) {
 	if link, err = nl.LinkByIndex(out.Index); err != nil {
 		return out, fmt.Errorf("read it back: %w", err)
 	}
+	out.Notes = append(out.Notes, awaitLocal(nl, c)...)
 	out.MTU = link.Attrs().MTU
 	if hw := link.Attrs().HardwareAddr; len(hw) == 6 {
 		out.MAC = wire.MAC(hw)
@@ -170,6 +172,32 @@ func addAddrs(nl *netlink.Handle, link netlink.Link, c IfConfig) error {
 				return fmt.Errorf("add address %v: %w: IPv6 needs an MTU of 1280 or more", p, err)
 			}
 			return fmt.Errorf("add address %v: %w", p, err)
+		}
+	}
+	return nil
+}
+
+// localWait bounds awaitLocal. The kernel takes a millisecond or two, or some tens when it is busy.
+const localWait = time.Second
+
+// awaitLocal waits until the kernel accepts packets for the IPv6 addresses. It installs their local routes from a work queue, after the address
+// is there and the link is up; until then an answer, or a question for the link-layer address, is dropped, and the first connection waits a
+// second for the retransmission. There is no call to wait with, and notifications may be lost, so it looks. It returns a note when it gave up.
+func awaitLocal(nl *netlink.Handle, c IfConfig) []string {
+	deadline := time.Now().Add(localWait)
+	for _, p := range c.Addrs {
+		if !p.Addr().Is6() {
+			continue
+		}
+		for {
+			r, err := nl.RouteGet(p.Addr().AsSlice())
+			if err == nil && len(r) > 0 && r[0].Type == unix.RTN_LOCAL {
+				break
+			}
+			if time.Now().After(deadline) {
+				return []string{fmt.Sprintf("configure %q: the kernel does not accept packets for %v yet", c.Name, p.Addr())}
+			}
+			time.Sleep(200 * time.Microsecond)
 		}
 	}
 	return nil
@@ -200,7 +228,7 @@ func ipv6Sysctls(c IfConfig) []string {
 	if _, err := os.Stat(dir); err != nil {
 		return []string{fmt.Sprintf("configure %q: no IPv6 settings (%v): IPv6 is off in this kernel, or /proc is not mounted", c.Name, err)}
 	}
-	set := [...][2]string{{"accept_ra", "0"}, {"autoconf", "0"}, {"router_solicitations", "0"}, {"dad_transmits", "0"}, {"accept_redirects", "0"}}
+	set := [...][2]string{{"accept_ra", "0"}, {"autoconf", "0"}, {"router_solicitations", "0"}, {"dad_transmits", "0"}, {"accept_dad", "0"}, {"accept_redirects", "0"}}
 	list := set[:]
 	if c.AcceptRA {
 		list = [][2]string{{"accept_ra", "2"}, {"dad_transmits", "0"}}
