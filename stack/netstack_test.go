@@ -52,6 +52,30 @@ func TestHandshakeLayout(t *testing.T) {
 	}
 }
 
+// TestEveryRefusalIsTold: a program that is refused thousands of times a second stalls for a second where one answer is missing.
+func TestEveryRefusalIsTold(t *testing.T) {
+	cfg := testConfig()
+	cfg.Handlers.TCP = tcpFunc(func(r TCPRequest) { r.Refuse() })
+	g, r := byHand(t, cfg)
+	g.SetNeighbor(con4, conMAC)
+	const n = 3000
+	resets := 0
+	for i := range n {
+		send(g, ipPacket(con4, far4, 6, 64, tcpSegment(uint16(1000+i), 80, 1, 0, tcpSYN, nil)))
+		resets += len(r.take())
+	}
+	if resets != n {
+		t.Errorf("%d resets for %d SYNs", resets, n)
+	}
+	// Segments of connections that nobody knows are answered at a bounded rate.
+	for i := range n {
+		send(g, ipPacket(con4, far4, 6, 64, tcpSegment(uint16(1000+i), 80, 1, 1, tcpACK, nil)))
+	}
+	if got := len(r.take()); got == 0 || got > n/2 || g.Drops().Get(frame.DropServiceLimit) != uint64(n-got) {
+		t.Errorf("%d resets for %d strays", got, n)
+	}
+}
+
 // TestSYNs: retransmissions are swallowed, data behind a SYN that waits is too, and strangers are reset.
 func TestSYNs(t *testing.T) {
 	cfg := testConfig()

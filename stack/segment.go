@@ -133,6 +133,10 @@ func (g *Gateway) sortTCP(b *batch, p *Packet) {
 			return
 		}
 		if l4[13]&tcpRST == 0 && !g.pending.has(&key) {
+			if !g.errs.take() {
+				g.drops.Add(frame.DropServiceLimit, 1)
+				return
+			}
 			g.reset(p)
 		}
 	}
@@ -262,12 +266,9 @@ func run(ep *tcp.Endpoint) {
 	}
 }
 
-// reset refuses a segment that belongs to no connection (RFC 9293 §3.10.7.1).
+// reset refuses a segment that belongs to no connection (RFC 9293 §3.10.7.1). Refused SYNs are not bounded by Config.ICMPErrorRate: each was asked
+// for by name, and one that is not answered stalls its sender for a second.
 func (g *Gateway) reset(p *Packet) {
-	if !g.errs.take() {
-		g.drops.Add(frame.DropServiceLimit, 1)
-		return
-	}
 	l4 := p.L4()
 	seq, ack := binary.BigEndian.Uint32(l4[4:]), binary.BigEndian.Uint32(l4[8:])
 	flags := l4[13]
