@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -40,6 +41,8 @@ type ask struct {
 	Hear     string          `json:",omitempty"` // join the multicast group ADDR:PORT on eth0
 	Heard    bool            `json:",omitempty"` // what the group was sent since Hear, waiting for the first
 	Say      *say            `json:",omitempty"`
+	Watch    bool            `json:",omitempty"` // start to look how late the machine wakes a thread
+	Watched  bool            `json:",omitempty"` // the latest since Watch
 }
 
 // told is the answer.
@@ -50,6 +53,7 @@ type told struct {
 	Outcomes []probe.Outcome
 	Result   load.Result
 	Transfer moved
+	Late     time.Duration
 }
 
 // hole opens so many connections to an address that never answers, and leaves them open.
@@ -72,6 +76,8 @@ type agentState struct {
 	conns []net.Conn
 	holes []int
 	heard net.PacketConn
+	late  atomic.Int64
+	stop  chan struct{} // of watch
 }
 
 func agentMain() {
@@ -168,12 +174,38 @@ func (st *agentState) do(q *ask) (a told, err error) {
 		defer c.Close()
 		_, err = io.WriteString(c, q.Say.Text)
 		return a, err
+	case q.Watch:
+		st.stop = make(chan struct{})
+		st.late.Store(0)
+		for range runtime.NumCPU() {
+			go st.watch(st.stop)
+		}
+	case q.Watched:
+		close(st.stop)
+		a.Late = time.Duration(st.late.Load())
 	case q.Sysctl[0] != "":
 		err = os.WriteFile("/proc/sys/"+q.Sysctl[0], []byte(q.Sysctl[1]), 0)
 	default:
 		err = errors.New("nothing was asked")
 	}
 	return a, err
+}
+
+// watch sleeps for a millisecond at a time, in the kernel, and notes the longest that it overslept.
+func (st *agentState) watch(stop chan struct{}) {
+	runtime.LockOSThread()
+	for {
+		select {
+		case <-stop:
+			return
+		default:
+		}
+		start := time.Now()
+		_ = unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil) // interrupted is early, which does no harm
+		d := int64(time.Since(start) - time.Millisecond)
+		for old := st.late.Load(); d > old && !st.late.CompareAndSwap(old, d); old = st.late.Load() {
+		}
+	}
 }
 
 func (st *agentState) flows(f *flows) error {

@@ -24,6 +24,11 @@ import (
 	"patchbay/tap"
 )
 
+// txQueueLen is how many frames of a container wait in each queue of its TAP. The kernel drops what is above it without a word to the sender, and each TCP flow may
+// have two superframes there, so the kernel's own 500 made a thousand busy flows five to ten times slower. One flow alone never fills it: its socket's
+// buffer is full before. It costs 64 KiB of kernel memory a queue.
+const txQueueLen = 8192
+
 // Container is a command attached to a network. See Network.Start.
 type Container struct {
 	network *Network
@@ -127,7 +132,7 @@ func (n *Network) reserve(cfg ContainerConfig) (*Container, error) {
 // lease gets the container its addresses and says how its interface is to look.
 func (c *Container) lease(ctx context.Context, cfg ContainerConfig) (edge.Interface, error) {
 	n := c.network
-	ifc := edge.Interface{Name: "eth0", MTU: n.cfg.MTU, Queues: cfg.Queues, Kind: cfg.Device, ForcePlain: cfg.ForcePlain}
+	ifc := edge.Interface{Name: "eth0", MTU: n.cfg.MTU, Queues: cfg.Queues, TxQueueLen: txQueueLen, ForcePlain: cfg.ForcePlain}
 	wanted := slices.Clone(cfg.Addrs)
 	for _, pool := range n.pools {
 		req := ipam.Request{Attachment: c.name, MAC: c.mac, Hostname: c.name}

@@ -2,6 +2,9 @@ package node
 
 import (
 	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -25,20 +28,49 @@ func shortConnections(b *box) {
 	b.do(ask{Sysctl: [2]string{"net/ipv4/tcp_tw_reuse", "1"}})
 }
 
-// short makes connections and holds that none fails and none takes 200 ms, which leaves no room for a SYN that is sent again.
+// slowest is what a short connection may take. It leaves no room for a segment that is sent again.
+const slowest = 200 * time.Millisecond
+
+// allowance is what is added for a machine with other work: ten times, as so many threads are woken in a row for a connection, what a thread that only
+// sleeps was woken too late, beyond the 10 ms that a machine without other work is late at most.
+func allowance(late time.Duration) time.Duration { return 10 * max(late-10*time.Millisecond, 0) }
+
+// short makes connections and holds that none fails and none is slower than slowest.
 func short(t *testing.T, b *box, c load.Config) load.Result {
 	t.Helper()
-	const slowest = 200 * time.Millisecond
+	sent := resent(b)
+	watcher := newOutsider(t, testbed.Host(t))
+	watcher.do(ask{Watch: true})
 	r := b.do(ask{Short: &c}).Result
-	t.Logf("%d connections, %d at a time, server first %v: %v, %.0f/s, p50 %v, p99 %v, slowest %v", r.Ops, max(c.Streams, 1), c.Greeting,
-		r.Elapsed.Round(time.Millisecond), r.OpsPerSecond(), r.P50, r.P99, r.Max)
+	late := watcher.do(ask{Watched: true}).Late
+	watcher.hangUp()
+	t.Logf("%d connections, %d at a time, server first %v: %v, %.0f/s, p50 %v, p99 %v, slowest %v; %d segments sent again by the container; the machine up to %v late", r.Ops, max(c.Streams, 1),
+		c.Greeting, r.Elapsed.Round(time.Millisecond), r.OpsPerSecond(), r.P50, r.P99, r.Max, resent(b)-sent, late)
 	if r.Errors != 0 || r.Ops != int64(c.Count) {
 		t.Errorf("%d of %d connections failed; the first: %s", r.Errors, c.Count, r.FirstErr)
 	}
-	if r.Max > slowest {
-		t.Errorf("the slowest connection took %v, want at most %v", r.Max, slowest)
+	if most := slowest + allowance(late); r.Max > most {
+		t.Errorf("the slowest connection took %v, want at most %v", r.Max, most)
 	}
 	return r
+}
+
+// resent is how many TCP segments the container's kernel has sent again: with a slow connection it tells a lost segment from a busy machine.
+func resent(b *box) (n int) {
+	b.t.Helper()
+	var names []string
+	for line := range strings.Lines(b.run("cat", "/proc/net/snmp")) {
+		f := strings.Fields(line)
+		if len(f) == 0 || f[0] != "Tcp:" {
+			continue
+		}
+		if names == nil {
+			names = f
+			continue
+		}
+		n, _ = strconv.Atoi(f[slices.Index(names, "RetransSegs")])
+	}
+	return n
 }
 
 // TestManyFlowsAndBack holds 1,000 flows open at once with bytes through each, then makes 20,000 short ones in a row. None fails, and
@@ -54,12 +86,16 @@ func TestManyFlowsAndBack(t *testing.T) {
 	b.do(ask{Short: &load.Config{Addr: addr, Count: 500}})
 	testbed.Wait(5*time.Second, func() bool { return n.Status().NAT.TCPFlows == 0 })
 	before := measure()
-
+	start := time.Now()
 	b.do(ask{Flows: &flows{Addr: addr, Open: 1000, Rounds: 3, Size: 20000}})
 	if f := n.Status().NAT.TCPFlows; f != 1000 {
 		t.Errorf("%d flows for 1,000 open connections", f)
 	}
-	t.Logf("1,000 flows: %v", measure())
+	t.Logf("1,000 flows, 60 MB each way: %v, %v; %d segments sent again", time.Since(start).Round(time.Millisecond), measure(), resent(b))
+	// The TAP's queue has room for what a thousand flows have under way: see txQueueLen.
+	if d, err := strconv.Atoi(b.run("cat", "/sys/class/net/eth0/statistics/tx_dropped")); err != nil || d > 1000 {
+		t.Errorf("the TAP's queue has dropped %d frames, %v", d, err)
+	}
 	b.do(ask{Flows: &flows{Rounds: 3, Size: 100, Close: true}})
 	testbed.Eventually(t, 10*time.Second, func() bool { return n.Status().NAT.TCPFlows == 0 })
 	backTo(t, before, 10*time.Second)
@@ -74,7 +110,7 @@ func TestManyFlowsAndBack(t *testing.T) {
 }
 
 // TestShortConnections makes 60,000 connections from one container to one port, 16 at a time, and 10,000 to a server that speaks first: within
-// a minute, none failing, none slower than 200 ms.
+// a minute, none failing, none slower than it may be.
 func TestShortConnections(t *testing.T) {
 	testbed.Leaks(t)
 	_, addr := outsideLoad(t)
@@ -120,11 +156,10 @@ func TestBlackHoleStallsNobodyElse(t *testing.T) {
 		t.Errorf("%s is %d, want at least the 1,000 above the limit", frame.DropDialLimit, d)
 	}
 	beside := short(t, b, c)
-	if beside.P50 > 3*quiet.P50 && beside.P50 > 20*time.Millisecond {
+	if beside.P50 > 3*quiet.P50+10*time.Millisecond {
 		t.Errorf("half of b's connections took %v beside a's black hole and %v before", beside.P50, quiet.P50)
 	}
 	if d := n.Status().NAT.HalfOpen; d != limit {
 		t.Errorf("%d half-open connects afterwards, want %d still", d, limit)
 	}
-	// a ends, and its dials with it... not at once: the host's sockets wait for their answer. The network's end takes them.
 }

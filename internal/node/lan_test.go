@@ -54,7 +54,7 @@ func TestContainersTalk(t *testing.T) {
 			}
 			// The largest packet that may not be cut passes, and one byte more does not leave.
 			ping := func(to netip.Addr, size int) int {
-				return a.do(ask{Exec: []string{"ping", "-c1", "-W2", "-n", "-M", "do", "-s", fmt.Sprint(size), to.String()}}).Code
+				return a.do(ask{Exec: []string{"ping", "-c1", "-W1", "-n", "-M", "do", "-s", fmt.Sprint(size), to.String()}}).Code
 			}
 			for _, p := range []struct {
 				to   netip.Addr

@@ -85,8 +85,9 @@ func TestContainerGone(t *testing.T) {
 	}
 	reachable := func(want bool) {
 		t.Helper()
-		for _, a := range []probe.Attempt{{Net: "tcp", Addr: "web:80"}, {Net: "tcp", Addr: "10.77.0.9:80"}, {Net: "udp", Addr: "[fd77::9]:80"}} {
-			if o := watcher.do(ask{Try: []probe.Attempt{a}}).Outcomes[0]; o.OK() != want {
+		inside := []probe.Attempt{{Net: "tcp", Addr: "web:80"}, {Net: "tcp", Addr: "10.77.0.9:80"}, {Net: "udp", Addr: "[fd77::9]:80"}}
+		for _, o := range watcher.do(ask{Try: inside}).Outcomes {
+			if o.OK() != want {
 				t.Errorf("%v; want reached: %v", o, want)
 			}
 		}
@@ -383,4 +384,24 @@ func TestOneIPVersion(t *testing.T) {
 			t.Errorf("addresses %v", c.addrs)
 		}
 	}
+}
+
+// TestFlowsGoWithTheirContainer kills a container that has connections open to a server that closes when its client does, and holds that NAT's table is empty then.
+func TestFlowsGoWithTheirContainer(t *testing.T) {
+	testbed.Leaks(t)
+	_, addr := outsideLoad(t)
+	n := newNet(t, NetworkConfig{})
+	b := newBox(t, n, ContainerConfig{Name: "b"})
+	b.do(ask{Flows: &flows{Addr: addr, Open: 50, Rounds: 1, Size: 100}})
+	if f := n.Status().NAT.TCPFlows; f != 50 {
+		t.Errorf("%d flows, want 50", f)
+	}
+	if err := b.Close(); err != nil {
+		t.Error(err)
+	}
+	start := time.Now()
+	if !testbed.Wait(30*time.Second, func() bool { return n.Status().NAT.TCPFlows == 0 }) {
+		t.Errorf("%d flows of a container that is gone", n.Status().NAT.TCPFlows)
+	}
+	t.Logf("gone after %v", time.Since(start))
 }
