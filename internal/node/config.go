@@ -18,7 +18,7 @@ type NetworkConfig struct {
 	Name string
 	// Subnets are at most one IPv4 and one IPv6 prefix. Default: one of each that no route of the host clashes with.
 	Subnets []netip.Prefix
-	// MTU in bytes of IP packet: 68 (IPv4) or 1280 (IPv6) to 65520. Default 1500.
+	// MTU in bytes of IP packet: 576 (IPv4 alone) or 1280 (both) to 65521, which is the most a TAP takes. Below 1280 the default subnets are IPv4 alone. Default 1500.
 	MTU int
 	// HostLoopback lets containers reach the host's loopback as host.patchbay.internal.
 	HostLoopback bool
