@@ -48,6 +48,9 @@ func demoCommand() *cli.Command {
 			&cli.IntFlag{Name: "port", Usage: "host `PORT` to publish the web server on (default: 8080, or the next that is free)"},
 		},
 		Action: func(c *cli.Context) error {
+			if err := noArgs(c); err != nil {
+				return err
+			}
 			ctx, stop := signal.NotifyContext(c.Context, unix.SIGINT, unix.SIGTERM)
 			defer stop()
 			ctx, cancel := context.WithTimeout(ctx, demoLimit)
@@ -163,11 +166,20 @@ func demoPublish(port int) (nat.Spec, error) {
 }
 
 func startDemo(ctx context.Context, network *node.Network, name string, stdio edge.Stdio, publish []nat.Spec, args ...string) (*node.Container, error) {
-	return network.Start(ctx, node.ContainerConfig{
+	cfg := node.ContainerConfig{
 		Name: name, Publish: publish, Device: tap.KindAuto,
 		Process: edge.Spec{Net: edge.NetPrivate, PID: true, Argv: append([]string{"/proc/self/exe", "demo"}, args...), Env: os.Environ(), Dir: "/"},
 		Stdio:   stdio,
-	})
+	}
+	container, err := network.Start(ctx, cfg)
+	if err != nil {
+		// Where /proc is partly covered, as in many sandboxes, there can be no PID namespace with a /proc of its own. The demonstration can do without.
+		cfg.Process.PID = false
+		if c, again := network.Start(ctx, cfg); again == nil {
+			return c, nil
+		}
+	}
+	return container, err
 }
 
 func demoFetch(ctx context.Context, url string) (string, error) {

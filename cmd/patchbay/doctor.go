@@ -24,6 +24,7 @@ Example:
    patchbay doctor -o json | jq '.[] | select(.ok | not)'`,
 		Description:  "Every check tries the thing itself and leaves nothing behind. The exit status is 1 when something is missing that `patchbay run` needs.",
 		OnUsageError: usageError,
+		Before:       noArgs,
 		Flags:        []cli.Flag{&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "`FORMAT` text or json", Value: "text"}},
 		Action: func(c *cli.Context) error {
 			format := c.String("output")

@@ -33,8 +33,6 @@ func newApp() *cli.App {
 		Usage:                     "a network for containers, without root",
 		UsageText:                 "patchbay COMMAND [OPTION...]\n\nExample:\n   patchbay run -p 8080:80 -- ./server",
 		Version:                   version,
-		HideVersion:               true,
-		HideHelpCommand:           true,
 		EnableBashCompletion:      true,
 		DisableSliceFlagSeparator: true, // a comma inside -p or --dns is the value's, not ours
 		UseShortOptionHandling:    false,
@@ -66,6 +64,14 @@ type exitStatus int
 
 func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 
+// noArgs refuses words that a command has no use for, so that a typing error is not taken for consent.
+func noArgs(c *cli.Context) error {
+	if c.NArg() > 0 {
+		return fmt.Errorf("%s: takes no argument, and was given %q; see patchbay %s --help", c.Command.Name, c.Args().First(), c.Command.Name)
+	}
+	return nil
+}
+
 // report prints err as one line and returns the status to end with.
 func report(err error) int {
 	var status exitStatus
@@ -87,6 +93,7 @@ func versionCommand() *cli.Command {
 		Usage:        "print the version",
 		UsageText:    "patchbay version",
 		OnUsageError: usageError,
+		Before:       noArgs,
 		Action: func(c *cli.Context) error {
 			fmt.Fprintln(c.App.Writer, "patchbay", version)
 			return nil

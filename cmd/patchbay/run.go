@@ -108,6 +108,10 @@ func run(c *cli.Context) error {
 		return err
 	}
 	node.SetProcs(max(ctr.Queues, 1))
+	stats, err := openStats(c.String("stats"))
+	if err != nil {
+		return err
+	}
 	network, err := node.NewNetwork(ctx, cfg)
 	if err != nil {
 		return err
@@ -118,8 +122,8 @@ func run(c *cli.Context) error {
 		return err
 	}
 	err = wait(container)
-	if werr := writeStats(c.String("stats"), network); werr != nil {
-		fmt.Fprintln(os.Stderr, "patchbay: run:", werr)
+	if werr := writeStats(stats, network); werr != nil {
+		fmt.Fprintln(os.Stderr, "patchbay: run: --stats:", werr)
 	}
 	return err
 }
@@ -180,6 +184,9 @@ func networkConfig(c *cli.Context) (node.NetworkConfig, error) {
 			TCPFlows: c.Int("max-flows"), TCPFlowsPerContainer: c.Int("max-flows"), UDPFlows: c.Int("max-flows"), UDPFlowsPerContainer: c.Int("max-flows"),
 			HalfOpen: c.Int("max-dials"), HalfOpenPerContainer: c.Int("max-dials"),
 		},
+	}
+	if cfg.MTU < node.MinMTU || cfg.MTU > node.MaxMTU {
+		return cfg, fmt.Errorf("--mtu: %d bytes; use %d to %d", cfg.MTU, node.MinMTU, node.MaxMTU)
 	}
 	for _, s := range c.StringSlice("subnet") {
 		p, err := ipam.ParseSubnet(s)
@@ -252,19 +259,31 @@ func containerConfig(c *cli.Context, spec edge.Spec, stdio edge.Stdio) (node.Con
 	return cfg, nil
 }
 
-// writeStats writes the network's state to file; - is standard error, so that it never mixes with the command's output.
-func writeStats(file string, network *node.Network) error {
-	if file == "" {
+// openStats opens where the counters go, before anything is started; - is standard error, so that they never mix with the command's output. Nil: nowhere.
+func openStats(file string) (*os.File, error) {
+	switch file {
+	case "":
+		return nil, nil
+	case "-":
+		return os.Stderr, nil
+	}
+	f, err := os.Create(file)
+	if err != nil {
+		return nil, fmt.Errorf("--stats: %w; name a file that you may write", err)
+	}
+	return f, nil
+}
+
+// writeStats writes the network's state to what openStats opened.
+func writeStats(f *os.File, network *node.Network) error {
+	if f == nil {
 		return nil
 	}
-	b, err := json.MarshalIndent(network.Status(), "", "  ")
-	if err != nil {
-		return err
+	enc := json.NewEncoder(f)
+	enc.SetIndent("", "  ")
+	err := enc.Encode(network.Status())
+	if f != os.Stderr {
+		err = errors.Join(err, f.Close())
 	}
-	b = append(b, '\n')
-	if file == "-" {
-		_, err = os.Stderr.Write(b)
-		return err
-	}
-	return os.WriteFile(file, b, 0o644)
+	return err
 }

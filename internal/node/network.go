@@ -17,10 +17,17 @@ import (
 	"patchbay/nat"
 	"patchbay/stack"
 	vswitch "patchbay/switch"
+	"patchbay/tap"
 )
 
 // DefaultMTU is what containers expect: the jumbo MTUs that other tools need for speed break programs that trust them.
 const DefaultMTU = 1500
+
+// MinMTU and MaxMTU are what a network takes, in bytes of IP packet: what every IPv4 host can receive (RFC 791), and the most a TAP has.
+const (
+	MinMTU = 576
+	MaxMTU = tap.MaxMTU
+)
 
 // gatewayName is what the gateway's port is called.
 const gatewayName = "gateway"
