@@ -114,11 +114,16 @@ func startNAT(t testing.TB, cfg Config) *NAT {
 		if err := <-done; err != nil {
 			t.Errorf("Run: %v", err)
 		}
-		if f, h := n.tcp.flows.inUse(), n.tcp.halfOpen.inUse(); f != 0 || h != 0 || len(n.tcp.live) != 0 {
-			t.Errorf("after Close: %d flows, %d half-open, %d live", f, h, len(n.tcp.live))
+		if s := n.Stats(); s.held() != 0 || len(n.tcp.live) != 0 || len(n.tcp.inward) != 0 {
+			t.Errorf("after Close: %+v, %d live, %d dials", s, len(n.tcp.live), len(n.tcp.inward))
 		}
 	})
 	return n
+}
+
+// held is what counts against a limit.
+func (s Stats) held() int {
+	return s.TCPFlows + s.HalfOpen + s.PublishedFlows + s.PublishedHalfOpen + s.UDPFlows + s.UDPClients + s.PingFlows
 }
 
 func (n *NAT) try(t testing.TB, src, dst string) *request {

@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -40,8 +39,10 @@ type Config struct {
 
 // Limits are the bounds of a NAT. Zero fields take the default in brackets. What is per container is counted by its address, and a container has
 // three: IPv4, IPv6 and link-local. Flows are fewer where the limit of open files is too low for them; see fit.
+//
+// What outside clients can make grow is counted apart from what containers can, so that neither uses up the other's.
 type Limits struct {
-	TCPFlows              int // established and connecting, published included [16384]
+	TCPFlows              int // of containers to the host's side, established and connecting [16384]
 	TCPFlowsPerContainer  int // [4096]
 	HalfOpen              int // connects on the host that wait for an answer [1024]
 	HalfOpenPerContainer  int // [256]
@@ -49,6 +50,13 @@ type Limits struct {
 	UDPFlowsPerContainer  int // [4096]
 	PingFlows             int // [1024]
 	PingFlowsPerContainer int // [256]
+
+	PublishedFlows                int // connections through published TCP ports, established and connecting [as TCPFlows]
+	PublishedFlowsPerContainer    int // [as TCPFlowsPerContainer]
+	PublishedHalfOpen             int // of them, those that wait for the container's answer [as HalfOpen]
+	PublishedHalfOpenPerContainer int // [as HalfOpenPerContainer]
+	UDPClients                    int // of published UDP ports; when full, the oldest one that was never answered makes room [as UDPFlows]
+	UDPClientsPerContainer        int // [as UDPFlowsPerContainer]
 
 	DialTimeout time.Duration // for a host's or container's answer to a SYN [60 s]
 	TCPIdle     time.Duration // established and silent; RFC 5382 REQ-5 asks for at least 2 h 4 min [2 h 4 min]
@@ -78,6 +86,12 @@ func (l Limits) withDefaults() Limits {
 	n(&l.UDPFlowsPerContainer, 4096)
 	n(&l.PingFlows, 1024)
 	n(&l.PingFlowsPerContainer, 256)
+	n(&l.PublishedFlows, l.TCPFlows)
+	n(&l.PublishedFlowsPerContainer, l.TCPFlowsPerContainer)
+	n(&l.PublishedHalfOpen, l.HalfOpen)
+	n(&l.PublishedHalfOpenPerContainer, l.HalfOpenPerContainer)
+	n(&l.UDPClients, l.UDPFlows)
+	n(&l.UDPClientsPerContainer, l.UDPFlowsPerContainer)
 	t(&l.DialTimeout, 60*time.Second)
 	t(&l.TCPIdle, 2*time.Hour+4*time.Minute)
 	t(&l.TCPHalfIdle, 4*time.Minute)
@@ -94,7 +108,10 @@ func (l *Limits) fit(files int) (less bool) {
 	for _, f := range [...]struct {
 		total, each *int
 		sixteenths  int
-	}{{&l.TCPFlows, &l.TCPFlowsPerContainer, 6}, {&l.UDPFlows, &l.UDPFlowsPerContainer, 5}, {&l.PingFlows, &l.PingFlowsPerContainer, 1}} {
+	}{
+		{&l.TCPFlows, &l.TCPFlowsPerContainer, 5}, {&l.PublishedFlows, &l.PublishedFlowsPerContainer, 3},
+		{&l.UDPFlows, &l.UDPFlowsPerContainer, 3}, {&l.PingFlows, &l.PingFlowsPerContainer, 1},
+	} {
 		if most := max(files*f.sixteenths/16, 4); *f.total > most {
 			*f.total, *f.each, less = most, min(*f.each, most/4), true
 		}
@@ -147,7 +164,7 @@ func New(cfg Config) (*NAT, error) {
 	// The soft limit is the hard one already: Go's runtime has raised it, and puts it back for the programs it starts unless somebody sets it once more.
 	var files unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err == nil && n.limits.fit(int(min(files.Cur, 1<<30))) {
-		n.log.Warn("fewer flows than the limits say, since each needs a descriptor", "open files", files.Cur, "tcp", n.limits.TCPFlows, "udp", n.limits.UDPFlows,
+		n.log.Warn("fewer flows than the limits say, since each needs a descriptor", "open files", files.Cur, "tcp", n.limits.TCPFlows, "published tcp", n.limits.PublishedFlows, "udp", n.limits.UDPFlows,
 			"remedy", "raise the hard limit of open files (ulimit -Hn, LimitNOFILE=)")
 	}
 	n.hosts = newHostAddrs(n.now)
@@ -200,22 +217,6 @@ func (n *NAT) Close() error {
 		n.streams.close()
 	})
 	return nil
-}
-
-type stats struct {
-	idleEnded atomic.Uint64
-}
-
-// Stats is a picture of a NAT at one moment.
-type Stats struct {
-	TCPFlows  int    // connecting and established, published included
-	HalfOpen  int    // connects that wait for an answer
-	IdleEnded uint64 // TCP flows ended because they were silent for longer than Limits.TCPIdle or TCPHalfIdle
-}
-
-// Stats takes a picture.
-func (n *NAT) Stats() Stats {
-	return Stats{TCPFlows: n.tcp.flows.inUse(), HalfOpen: n.tcp.halfOpen.inUse(), IdleEnded: n.stats.idleEnded.Load()}
 }
 
 // UDP is the handler for datagrams to any address but the gateway's own.

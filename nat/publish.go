@@ -138,6 +138,16 @@ func (p *Published) Close() error {
 	return nil
 }
 
+// publishedPorts is how many ports of the host are open.
+func (n *NAT) publishedPorts() (ports int) {
+	n.pubMu.Lock()
+	defer n.pubMu.Unlock()
+	for p := range n.published {
+		ports += p.spec.Count
+	}
+	return ports
+}
+
 func (n *NAT) closePublished() {
 	n.pubMu.Lock()
 	n.pubClosed = true

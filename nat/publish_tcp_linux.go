@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"patchbay/frame"
+	"patchbay/stack"
 )
 
 // tcpListener is one listening socket of a published range. It sits in the loop; it has no goroutine.
@@ -124,45 +125,66 @@ func (l *tcpListener) serve(fd int, client netip.AddrPort) {
 	b := l.p.binding(int(l.index))
 	src, dst := n.target(&b, client)
 	t, container := n.tcp, dst.Addr()
-	if !t.flows.take(container) {
-		n.drops.Add(frame.DropFlowLimit, 1)
+	refuse := func() {
 		resetSock(fd)
 		unix.Close(fd)
+	}
+	if !t.pubFlows.take(container) {
+		n.drops.Add(frame.DropFlowLimit, 1)
+		refuse()
 		return
 	}
-	if !t.halfOpen.take(container) {
-		t.flows.give(container)
+	if !t.pubHalfOpen.take(container) {
+		t.pubFlows.give(container)
 		n.drops.Add(frame.DropDialLimit, 1)
-		resetSock(fd)
-		unix.Close(fd)
+		refuse()
 		return
 	}
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	ok := t.spawn(func() {
-		ctx, cancel := context.WithTimeout(t.ctx, n.limits.DialTimeout)
-		conn, err := n.net.DialTCP(ctx, src, dst)
-		if errors.Is(err, unix.EADDRINUSE) && src.Port() != 0 {
-			// The client came from one port of its own to two published ports of one container port. Its address is still true.
-			conn, err = n.net.DialTCP(ctx, netip.AddrPortFrom(src.Addr(), 0), dst)
-		}
-		cancel()
-		t.halfOpen.give(container)
+		conn, err := t.dialInward(src, dst)
+		t.pubHalfOpen.give(container)
 		if err != nil {
-			t.flows.give(container)
-			resetSock(fd)
-			unix.Close(fd)
+			t.pubFlows.give(container)
+			refuse()
 			return
 		}
-		if f := t.newFlow(container, fd, conn); f != nil {
+		if f := t.newFlow(t.pubFlows, container, fd, conn); f != nil {
 			f.start(false)
 		}
 	})
 	if !ok {
-		t.halfOpen.give(container)
-		t.flows.give(container)
-		resetSock(fd)
-		unix.Close(fd)
+		t.pubHalfOpen.give(container)
+		t.pubFlows.give(container)
+		refuse()
 	}
+}
+
+// inwardDial is a dial into the network that is under way.
+type inwardDial struct {
+	container netip.Addr
+	cancel    context.CancelFunc
+}
+
+// dialInward connects to the container endpoint dst from src. It blocks for Limits.DialTimeout at most, less when the container is forgotten.
+func (t *tcpNAT) dialInward(src, dst netip.AddrPort) (stack.Conn, error) {
+	ctx, cancel := context.WithTimeout(t.ctx, t.n.limits.DialTimeout)
+	defer cancel()
+	d := &inwardDial{container: dst.Addr(), cancel: cancel}
+	t.mu.Lock()
+	t.inward[d] = struct{}{}
+	t.mu.Unlock()
+	defer func() {
+		t.mu.Lock()
+		delete(t.inward, d)
+		t.mu.Unlock()
+	}()
+	conn, err := t.n.net.DialTCP(ctx, src, dst)
+	if errors.Is(err, unix.EADDRINUSE) && src.Port() != 0 {
+		// The client came from one port of its own to two published ports of one container port. Its address is still true.
+		return t.n.net.DialTCP(ctx, netip.AddrPortFrom(src.Addr(), 0), dst)
+	}
+	return conn, err
 }
 
 // shed takes one waiting client off listener and resets it, with the descriptor kept in reserve for this: the process has no other left, and

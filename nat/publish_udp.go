@@ -1,6 +1,7 @@
 package nat
 
 import (
+	"container/list"
 	"errors"
 	"io"
 	"net/netip"
@@ -30,9 +31,10 @@ type pubClient struct {
 	dst   netip.AddrPort // the container's endpoint
 	// local is the host's address that the client spoke to last: answers leave from it.
 	local    atomic.Pointer[netip.Addr]
-	seen     atomic.Int64 // Unix nanoseconds
-	answered atomic.Bool  // packets have gone both ways
-	inbound  bool         // the client spoke first
+	seen     atomic.Int64  // Unix nanoseconds
+	answered atomic.Bool   // packets have gone both ways
+	inbound  bool          // the client spoke first
+	fresh    *list.Element // in pubTable.fresh while it may be evicted; pubTable.mu guards it
 }
 
 // pubKey is how a container's packet names a client: which endpoint of the container answers to whom.
@@ -48,8 +50,10 @@ type pubTable struct {
 	targets map[netip.AddrPort][]*pubPort // by the container's endpoint
 	clients map[pubKey]*pubClient
 	ports   map[*pubPort]struct{}
-	next    uint16 // mapped port to try next for clients shown as the gateway
-	closed  bool
+	// fresh are the clients that spoke first, oldest first, by the container's address. One that has been answered is taken out when it is met.
+	fresh  map[netip.Addr]*list.List
+	next   uint16 // mapped port to try next for clients shown as the gateway
+	closed bool
 }
 
 // Mapped ports: those tried for a client shown as the gateway whose own port is taken.
@@ -62,6 +66,7 @@ func (t *pubTable) init(u *udpNAT, total, each int) {
 	t.u, t.quota, t.next = u, newQuota(total, each), mappedLo
 	t.targets = make(map[netip.AddrPort][]*pubPort)
 	t.clients = make(map[pubKey]*pubClient)
+	t.fresh = make(map[netip.Addr]*list.List)
 	t.ports = make(map[*pubPort]struct{})
 }
 
@@ -148,7 +153,49 @@ func (t *pubTable) forget(c *pubClient) {
 	if len(c.port.clients) == 0 {
 		c.port.clients = nil
 	}
+	t.settle(c)
 	t.quota.give(c.dst.Addr())
+}
+
+// settle takes c out of those that may be evicted. t.mu is held.
+func (t *pubTable) settle(c *pubClient) {
+	if c.fresh == nil {
+		return
+	}
+	l := t.fresh[c.dst.Addr()]
+	l.Remove(c.fresh)
+	c.fresh = nil
+	if l.Len() == 0 {
+		delete(t.fresh, c.dst.Addr())
+	}
+}
+
+// evict makes room for a client of container a by taking out the oldest one that its container never answered, and reports whether there was one: where a
+// has its share, one of a; else one of the container that has most of them. Source addresses of datagrams cost nothing to make up, so
+// clients that nobody answers must not keep others out. t.mu is held.
+func (t *pubTable) evict(a netip.Addr) bool {
+	own := t.quota.heldBy(a) >= t.quota.each
+	for {
+		l := t.fresh[a]
+		if !own {
+			for _, o := range t.fresh {
+				if l == nil || o.Len() > l.Len() {
+					l = o
+				}
+			}
+		}
+		if l == nil {
+			return false
+		}
+		c := l.Front().Value.(*pubClient)
+		if c.answered.Load() {
+			t.settle(c)
+			continue
+		}
+		t.forget(c)
+		t.u.n.stats.evicted.Add(1)
+		return true
+	}
 }
 
 // route finds the client that a container's packet from src to dst answers.
@@ -214,8 +261,18 @@ func (t *pubTable) initiate(src, dst, host netip.AddrPort, now int64) (r route, 
 
 // keep adds a client. It returns 0 or the reason against it. t.mu is held.
 func (t *pubTable) keep(c *pubClient, now int64) frame.Drop {
-	if t.closed || !t.quota.take(c.dst.Addr()) {
+	a := c.dst.Addr()
+	// The container itself evicts nobody: there is the flow table for what it sends.
+	if t.closed || !t.quota.take(a) && !(c.inbound && t.evict(a) && t.quota.take(a)) {
 		return frame.DropFlowLimit
+	}
+	if c.inbound {
+		l := t.fresh[a]
+		if l == nil {
+			l = list.New()
+			t.fresh[a] = l
+		}
+		c.fresh = l.PushBack(c)
 	}
 	c.seen.Store(now)
 	if c.port.clients == nil {

@@ -2,6 +2,7 @@ package nat
 
 import (
 	"errors"
+	"net"
 	"net/netip"
 	"runtime"
 	"syscall"
@@ -171,11 +172,14 @@ func TestPublishUDPClientsAreBounded(t *testing.T) {
 	for range 8 {
 		bindUDP(t, b.out.NS, b.out.Addr4, 0).WriteToUDPAddrPort([]byte("x"), dst)
 	}
-	testbed.Eventually(t, 3*time.Second, func() bool { return b.Drops().Get(frame.DropFlowLimit) == 3 })
+	testbed.Eventually(t, 3*time.Second, func() bool { return b.Stats().UDPEvicted == 3 })
 	if n := b.udp.pubs.quota.inUse(); n != 5 {
 		t.Errorf("%d clients, want 5", n)
 	}
-	_, from := hear(t, s)
+	var from netip.AddrPort
+	for range 8 { // the last one is still there
+		_, from = hear(t, s)
+	}
 	s.WriteToUDPAddrPort([]byte("answer"), from)
 	testbed.Eventually(t, 3*time.Second, func() bool {
 		b.udp.pubs.mu.RLock()
@@ -197,6 +201,70 @@ func TestPublishUDPClientsAreBounded(t *testing.T) {
 	if n := b.udp.pubs.quota.inUse(); n != 0 {
 		t.Errorf("%d clients after five minutes", n)
 	}
+}
+
+// TestPublishUDPSpoofed: made-up sources fill a published port, and whoever comes then is served all the same, in the same moment; so is one that the container
+// has answered before, and a container whose own share is not used up when others have filled the whole.
+func TestPublishUDPSpoofed(t *testing.T) {
+	testbed.Leaks(t)
+	b := newBed(t, Config{Limits: Limits{UDPClients: 30, UDPClientsPerContainer: 20}})
+	b.publishUDP(t, "5300:53")
+	b.publishUDP(t, "5301:54") // nobody answers there
+	echoUDP(t, b.c, bedC4, 53)
+	bindUDP(t, b.c, bedC4, 54)
+	out := func() *net.UDPConn { return bindUDP(t, b.out.NS, b.out.Addr4, 0) }
+	answered := out()
+	ask(t, answered, netip.AddrPortFrom(b.out.HostAddr4, 5300), []byte("one"))
+	flood := func(n int) {
+		evicted := b.Stats().UDPEvicted
+		for range n {
+			out().WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(b.out.HostAddr4, 5301))
+		}
+		testbed.Eventually(t, 3*time.Second, func() bool { return b.Stats().UDPEvicted >= evicted+uint64(n)-20 })
+	}
+	flood(60)
+	ask(t, out(), netip.AddrPortFrom(b.out.HostAddr4, 5300), []byte("two"))
+	before := b.Stats()
+	ask(t, answered, netip.AddrPortFrom(b.out.HostAddr4, 5300), []byte("three"))
+	if s := b.Stats(); s.UDPClients != 20 || s.UDPEvicted != before.UDPEvicted {
+		t.Errorf("%+v, want 20 clients and the answered one among them all along", s)
+	}
+	// Another container, whose share is not used up when the whole is: those of the one that has most make room.
+	p := &b.udp.pubs
+	p.mu.RLock()
+	var port *pubPort
+	for port = range p.ports {
+		if port.b.port == 53 {
+			break
+		}
+	}
+	p.mu.RUnlock()
+	for i := range uint16(40) {
+		p.mu.Lock()
+		c := &pubClient{port: port, host: netip.AddrPortFrom(b.out.Addr4, 100+i), inner: netip.AddrPortFrom(b.out.Addr4, 100+i), dst: netip.MustParseAddrPort("10.88.0.77:53"), inbound: true}
+		if drop := p.keep(c, time.Now().UnixNano()); drop != 0 {
+			t.Fatalf("client %d of another container: %v", i, drop)
+		}
+		p.mu.Unlock()
+	}
+	if own, other := p.quota.heldBy(bedC4), p.quota.heldBy(netip.MustParseAddr("10.88.0.77")); own < 14 || other < 14 || own+other != 30 {
+		t.Errorf("%d and %d clients of two containers, want half of 30 each", own, other)
+	}
+	// Only those that were answered are left in the end: then the table is full.
+	p.mu.Lock()
+	for _, c := range p.clients {
+		c.answered.Store(true)
+	}
+	p.mu.Unlock()
+	out().WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(b.out.HostAddr4, 5300))
+	testbed.Eventually(t, 3*time.Second, func() bool { return b.Drops().Get(frame.DropFlowLimit) == 1 })
+	ask(t, answered, netip.AddrPortFrom(b.out.HostAddr4, 5300), []byte("four"))
+	b.Forget(bedC4)
+	b.Forget(netip.MustParseAddr("10.88.0.77"))
+	if s := b.Stats(); s.UDPClients != 0 || len(p.clients) != 0 || len(p.fresh) != 0 || s.PublishedPorts != 2 {
+		t.Errorf("after Forget: %+v, %d clients, %d lists", s, len(p.clients), len(p.fresh))
+	}
+	ask(t, answered, netip.AddrPortFrom(b.out.HostAddr4, 5300), []byte("five")) // the ports are still there
 }
 
 // Ten thousand ports cost a descriptor and little else each, and no goroutine.

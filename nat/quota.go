@@ -43,6 +43,13 @@ func (q *quota) give(a netip.Addr) {
 	}
 }
 
+// heldBy is how many container a holds.
+func (q *quota) heldBy(a netip.Addr) int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.by[a]
+}
+
 // inUse is how many are held in all.
 func (q *quota) inUse() int {
 	q.mu.Lock()

@@ -78,8 +78,8 @@ func newNetwork(t testing.TB, containers int, cfg Config) *network {
 		if err := <-done; err != nil {
 			t.Errorf("Run: %v", err)
 		}
-		if f, h := n.tcp.flows.inUse(), n.tcp.halfOpen.inUse(); f != 0 || h != 0 {
-			t.Errorf("after Close: %d flows, %d half-open", f, h)
+		if s := n.Stats(); s.held() != 0 {
+			t.Errorf("after Close: %+v", s)
 		}
 		sw.RemovePort(port)
 		gw.Close()

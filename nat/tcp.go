@@ -16,14 +16,17 @@ import (
 // tcpNAT is the TCP half: connects that wait, flows that run.
 type tcpNAT struct {
 	n        *NAT
-	flows    *quota // connecting and established
+	flows    *quota // of containers: connecting and established
 	halfOpen *quota // connecting
+
+	pubFlows, pubHalfOpen *quota // the same for what comes through published ports
 
 	mu      sync.Mutex
 	closed  bool
 	live    map[*tcpFlow]struct{}
 	dialing dialList
-	wg      sync.WaitGroup // flows and goroutines
+	inward  map[*inwardDial]struct{} // dials into the network
+	wg      sync.WaitGroup           // flows and goroutines
 	bufs    bufPool
 	loopBuf [smallBuf]byte // the loop's own
 	reserve int            // a descriptor to give up when there is no other, or -1
@@ -37,9 +40,13 @@ type tcpNAT struct {
 
 func newTCP(n *NAT) *tcpNAT {
 	t := &tcpNAT{
-		n:        n,
-		flows:    newQuota(n.limits.TCPFlows, n.limits.TCPFlowsPerContainer),
-		halfOpen: newQuota(n.limits.HalfOpen, n.limits.HalfOpenPerContainer),
+		n:           n,
+		flows:       newQuota(n.limits.TCPFlows, n.limits.TCPFlowsPerContainer),
+		halfOpen:    newQuota(n.limits.HalfOpen, n.limits.HalfOpenPerContainer),
+		pubFlows:    newQuota(n.limits.PublishedFlows, n.limits.PublishedFlowsPerContainer),
+		pubHalfOpen: newQuota(n.limits.PublishedHalfOpen, n.limits.PublishedHalfOpenPerContainer),
+
+		inward:   make(map[*inwardDial]struct{}),
 		live:     make(map[*tcpFlow]struct{}),
 		reserve:  openReserve(),
 		recycler: recycler{depth: recycleDepth},
@@ -286,7 +293,7 @@ func (t *tcpNAT) accept(r stack.TCPRequest, fd int, to netip.AddrPort, watched b
 		fail()
 		return
 	}
-	if f := t.newFlow(r.Src().Addr(), fd, conn); f != nil {
+	if f := t.newFlow(t.flows, r.Src().Addr(), fd, conn); f != nil {
 		f.to, f.port = to, local.Port()
 		f.start(watched)
 	}

@@ -23,6 +23,7 @@ import (
 // with a reset to the other side.
 type tcpFlow struct {
 	t         *tcpNAT
+	quota     *quota // holds one of container, given back at the end
 	container netip.Addr
 	conn      stack.AsyncConn
 	to        netip.AddrPort // outbound: where the host's socket is connected to, and
@@ -63,9 +64,9 @@ const (
 const flowEvents = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET&0xffffffff
 
 // newFlow registers a flow for an established host socket, or returns nil when the NAT is closed; the socket is closed then. The caller
-// holds a flows quota of the container, which the flow gives back at its end.
-func (t *tcpNAT) newFlow(container netip.Addr, fd int, conn stack.Conn) *tcpFlow {
-	f := &tcpFlow{t: t, container: container, fd: fd, conn: async(conn)}
+// has taken one of q for the container, which the flow gives back at its end.
+func (t *tcpNAT) newFlow(q *quota, container netip.Addr, fd int, conn stack.Conn) *tcpFlow {
+	f := &tcpFlow{t: t, quota: q, container: container, fd: fd, conn: async(conn)}
 	t.mu.Lock()
 	if !t.closed {
 		t.live[f] = struct{}{}
@@ -82,7 +83,7 @@ func (t *tcpNAT) newFlow(container netip.Addr, fd int, conn stack.Conn) *tcpFlow
 	conn.Close()
 	resetSock(fd)
 	unix.Close(fd)
-	t.flows.give(container)
+	q.give(container)
 	return nil
 }
 
@@ -123,7 +124,7 @@ func (f *tcpFlow) finish(reset bool) {
 	f.t.mu.Lock()
 	delete(f.t.live, f)
 	f.t.mu.Unlock()
-	f.t.flows.give(f.container)
+	f.quota.give(f.container)
 	f.t.wg.Done()
 }
 

@@ -3,7 +3,6 @@ package nat
 import (
 	"encoding/binary"
 	"net/netip"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -12,7 +11,7 @@ import (
 	"patchbay/stack"
 )
 
-// errorsPerSecond bounds the ICMP errors that are carried to, or made for, the containers of one network.
+// errorsPerSecond bounds the ICMP errors that are carried to one container.
 const errorsPerSecond = 1000
 
 // udpNAT translates datagrams between a container network and sockets of the host, packet by packet.
@@ -34,17 +33,17 @@ type udpNAT struct {
 	pubs   pubTable
 	pool   sendPool
 	rx     *recvBatch // the loop's
-	errors tokens
+	errors budgets
 	peers  atomic.Int64 // held by all flows; see flow.learn
 	mtu    int          // of the network, read once
 }
 
 func newUDP(n *NAT) (*udpNAT, error) {
 	u := &udpNAT{n: n, net: n.net, drops: n.drops, policy: n.policy, loop: n.packets, now: n.now, mtu: n.net.MTU(), rx: newRecvBatch()}
-	u.errors = tokens{rate: errorsPerSecond}
+	u.errors.rate = errorsPerSecond
 	u.flows = newFlowTable(u, n.limits.UDPFlows, n.limits.UDPFlowsPerContainer, func(f *flow) time.Duration { return udpIdle(f, &n.limits) })
 	u.flows.open = openUDPFlow(ephemeralPorts())
-	u.pubs.init(u, n.limits.UDPFlows, n.limits.UDPFlowsPerContainer)
+	u.pubs.init(u, n.limits.UDPClients, n.limits.UDPClientsPerContainer)
 	n.packets.setTick(u.tick)
 	return u, nil
 }
@@ -214,26 +213,4 @@ func (u *udpNAT) tick() time.Duration {
 func (u *udpNAT) close() {
 	u.flows.close()
 	u.pubs.close()
-}
-
-// tokens is a token bucket that holds one second's worth. Safe for concurrent use.
-type tokens struct {
-	rate int
-
-	mu   sync.Mutex
-	last time.Time
-	have float64
-}
-
-// allow takes a token if there is one.
-func (t *tokens) allow(now time.Time) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.have = min(float64(t.rate), t.have+now.Sub(t.last).Seconds()*float64(t.rate))
-	t.last = now
-	if t.have < 1 {
-		return false
-	}
-	t.have--
-	return true
 }

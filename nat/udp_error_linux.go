@@ -77,7 +77,7 @@ func (u *udpNAT) carryError(s *packetSock, he *hostError, peer netip.AddrPort, q
 		u.drops.Add(frame.DropNoFlow, 1)
 		return
 	}
-	if !u.errors.allow(u.now()) {
+	if !u.errors.allow(e.src.Addr(), u.now()) {
 		u.drops.Add(frame.DropRate, 1)
 		return
 	}

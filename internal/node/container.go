@@ -295,6 +295,7 @@ func (c *Container) down() error {
 		errs = append(errs, c.device.Close())
 	}
 	for _, a := range c.addrs {
+		n.nat.Forget(a) // before the address can be somebody else's
 		n.gw.DelNeighbor(a)
 	}
 	for _, p := range n.pools {
