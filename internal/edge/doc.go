@@ -11,9 +11,12 @@
 //
 // Start writes a Spec into a memory file and starts the edge process, which makes its mounts private, opens and configures the TAPs (package
 // tap), sends their descriptors, sets up host name, /proc, /sys/class/net, resolv.conf and hosts while the parent already
-// attaches the descriptors to its switch, and waits. Release lets it execute COMMAND. It then waits for COMMAND, takes in orphans, keeps
-// a duplicate of each descriptor, so that the carrier stays up whatever becomes of the node, and reports how COMMAND ended. main calls Main
-// first, which in an edge process never returns.
+// attaches the descriptors to its switch, and waits. Release lets it execute COMMAND. It then waits for COMMAND, takes in orphans, and
+// reports how COMMAND ended. main calls Main first, which in an edge process never returns.
+//
+// The edge process keeps a duplicate of each descriptor for as long as it lives, so that the interface, its addresses and its carrier outlast
+// a parent that closes its own while COMMAND runs. They do not outlast the parent itself: with it the container ends (see Teardown).
+// That the next node takes the duplicates over is for a daemon to come, not for `patchbay run`.
 //
 // COMMAND inherits what it would under env(1) or unshare(1): streams, other descriptors under their numbers, working directory, umask,
 // limits, signal mask, process group and terminal. Files of the container live on a tmpfs that is reachable by bind mounts alone; nothing is
@@ -32,6 +35,9 @@
 // edge process is killed. Without one the edge process is a subreaper: COMMAND's descendants, daemons too, become its children when their
 // parents end, and it kills them when COMMAND ends or the socket to the parent does. If the edge process is killed, COMMAND gets
 // SIGKILL from the kernel and the orphans become children of the parent, a subreaper too, which knows them by their user namespace.
+// COMMAND may meddle with the edge process: one that has let go of its socket is killed 10 s later, and one that has died is mourned at once,
+// whoever holds a duplicate of its socket. An edge process that COMMAND stops and leaves its socket hangs the run like a COMMAND that ignores
+// every signal: kill the parent.
 // What remains when both are killed at once, without a PID namespace: COMMAND dies, descendants of it live on, without a network,
 // since the TAP goes with its last descriptor.
 //

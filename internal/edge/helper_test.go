@@ -25,6 +25,8 @@ const (
 	runEnv  = "EDGE_TEST_SPEC"
 	// countArg0 makes it a COMMAND that says each signal it gets, one a line, and ends with status 5 when it gets signal 36.
 	countArg0 = "edge-test-count"
+	// hostileArg0 makes it a COMMAND that turns on its edge process, see turnOnEdge.
+	hostileArg0 = "edge-test-hostile"
 )
 
 func TestMain(m *testing.M) {
@@ -34,6 +36,8 @@ func TestMain(m *testing.M) {
 		os.Exit(miniRun())
 	case countArg0:
 		countSignals()
+	case hostileArg0:
+		turnOnEdge(os.Args[1], os.Args[2])
 	}
 	testbed.Main(m)
 }

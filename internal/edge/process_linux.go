@@ -17,8 +17,11 @@ import (
 // killGrace is how long the edge process has to clear up before it is killed itself.
 const killGrace = 10 * time.Second
 
+// lastWords bounds reading what an edge process wrote before it died: somebody in the container may hold a duplicate of its socket and go on writing.
+const lastWords = time.Second
+
 // Devices are the interfaces of the Spec, in its order: descriptors, negotiated offloads, MAC and MTU. They belong to the caller, who
-// closes them, or hands them to tap.New, which does. The edge process keeps duplicates, so the carrier stays up without them.
+// closes them, or hands them to tap.New, which does. The edge process keeps duplicates, so the interface stays without them for as long as it lives.
 func (p *Process) Devices() []*tap.Handle { return p.devices }
 
 // Notes says, one line each, what was asked for and not had but does not keep the container from working.
@@ -98,13 +101,13 @@ func (p *Process) Close() error {
 	select {
 	case <-p.ended:
 		return nil
-	case <-time.After(killGrace):
+	case <-time.After(p.grace):
 	}
 	p.kill()
 	select {
 	case <-p.ended:
 		return nil
-	case <-time.After(killGrace):
+	case <-time.After(p.grace):
 		return fmt.Errorf("edge process %d does not end although it was killed: it hangs inside the kernel", p.pid)
 	}
 }
@@ -132,11 +135,31 @@ func (p *Process) await() (ws syscall.WaitStatus) {
 	}
 }
 
-// run follows the edge process to its end.
+// run follows the edge process to its end, which is the end of the link, or its death, whichever comes first. COMMAND can part the two: it may
+// stop the edge process and shut its socket down, or hold a duplicate of the socket and kill the edge process.
 func (p *Process) run(died <-chan syscall.WaitStatus) {
-	p.follow()
-	_ = p.link.Close()
-	ws := <-died
+	silent := make(chan struct{})
+	go func() {
+		p.follow()
+		close(silent)
+	}()
+	var ws syscall.WaitStatus
+	hung := false
+	select {
+	case <-silent:
+		_ = p.link.Close()
+		select {
+		case ws = <-died:
+		case <-time.After(p.grace):
+			hung = true
+			p.kill()
+			ws = <-died
+		}
+	case ws = <-died:
+		_ = p.link.c.SetReadDeadline(time.Now().Add(lastWords))
+		<-silent
+		_ = p.link.Close()
+	}
 	p.sweep()
 	p.stops.stop()
 	if p.userN != nil {
@@ -146,6 +169,8 @@ func (p *Process) run(died <-chan syscall.WaitStatus) {
 	switch r := p.report; {
 	case r == nil && p.closed:
 		p.status = Status{Signal: syscall.SIGKILL}
+	case r == nil && hung:
+		p.err = failed("the edge process closed its socket and was still there %v later, so it was killed, and the container with it: look for what in the container has tampered with it", p.grace)
 	case r == nil:
 		p.err = lost(ws)
 	case r.Kind == msgFail:

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -30,7 +31,8 @@ type Process struct {
 	pid   int
 	link  *link
 	pidns bool
-	userN *os.File // the container's user namespace, to tell its orphans
+	grace time.Duration // killGrace
+	userN *os.File      // the container's user namespace, to tell its orphans
 
 	devices []*tap.Handle
 	notes   []string
@@ -56,6 +58,11 @@ type Process struct {
 // Without a PID namespace the calling process is a child subreaper for as long as the container lives, so that it inherits, and can end,
 // what a killed edge process leaves behind.
 func Start(ctx context.Context, spec Spec, std Stdio) (*Process, error) {
+	return startWithin(ctx, spec, std, killGrace)
+}
+
+// startWithin is Start with another killGrace, which tests need not wait for.
+func startWithin(ctx context.Context, spec Spec, std Stdio, grace time.Duration) (*Process, error) {
 	if err := spec.check(); err != nil {
 		return nil, failed("%w", err)
 	}
@@ -91,7 +98,7 @@ func Start(ctx context.Context, spec Spec, std Stdio) (*Process, error) {
 		}
 	}
 	p := &Process{
-		link: l, pidns: spec.PID,
+		link: l, pidns: spec.PID, grace: grace,
 		ready: make(chan struct{}), started: make(chan struct{}), ended: make(chan struct{}),
 	}
 	died := make(chan syscall.WaitStatus, 1)
