@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"runtime"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -188,6 +189,7 @@ func networkConfig(c *cli.Context) (node.NetworkConfig, error) {
 	if cfg.MTU < node.MinMTU || cfg.MTU > node.MaxMTU {
 		return cfg, fmt.Errorf("--mtu: %d bytes; use %d to %d", cfg.MTU, node.MinMTU, node.MaxMTU)
 	}
+	cfg.SharedLoop = runtime.NumCPU() <= 2 && c.Int("queues") == 1
 	for _, s := range c.StringSlice("subnet") {
 		p, err := ipam.ParseSubnet(s)
 		if err != nil {

@@ -26,6 +26,9 @@ type NetworkConfig struct {
 	AllowLinkLocal bool
 	// DNS are resolvers to ask instead of the host's resolv.conf.
 	DNS []netip.AddrPort
+	// SharedLoop has one thread read the containers' TAPs and NAT's TCP sockets. On a machine with two cores and for a network with one container that is faster
+	// than a thread for each (ADR 5); with more of either it is one thread for what several could do. Default: a thread for each TAP queue.
+	SharedLoop bool
 	// Limits bound what containers can make grow.
 	Limits nat.Limits
 	// Logger gets state changes. Default: none.

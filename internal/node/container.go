@@ -42,6 +42,7 @@ type Container struct {
 	device      *tap.Device
 	port        vswitch.PortID
 	stopServe   context.CancelFunc
+	stopPulls   []func() // of a shared loop
 	stopSignals func()
 	serving     sync.WaitGroup
 	plugged     bool // in the zone; under network.mu
@@ -220,6 +221,19 @@ func (c *Container) plug(h *tap.Handle) error {
 	for _, a := range c.addrs {
 		n.gw.SetNeighbor(a, c.mac)
 	}
+	if err := c.serve(); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	c.plugged = true
+	n.publishZone()
+	n.mu.Unlock()
+	return nil
+}
+
+// serve starts the reading of every queue.
+func (c *Container) serve() error {
+	n, dev := c.network, c.device
 	ctx, stop := context.WithCancel(context.Background())
 	c.stopServe = stop
 	for q := range dev.Queues() {
@@ -227,16 +241,30 @@ func (c *Container) plug(h *tap.Handle) error {
 		if n.line != nil {
 			sink = n.line.sink(c.name, sink)
 		}
-		c.serving.Go(func() {
-			if err := dev.Serve(ctx, q, sink); err != nil && ctx.Err() == nil && !errors.Is(err, tap.ErrClosed) {
+		ended := func(err error) {
+			if ctx.Err() == nil && !errors.Is(err, tap.ErrClosed) {
 				n.log.Warn("device ended", "name", c.name, "queue", q, "error", err)
 			}
-		})
+		}
+		if !n.cfg.SharedLoop {
+			c.serving.Go(func() {
+				if err := dev.Serve(ctx, q, sink); err != nil {
+					ended(err)
+				}
+			})
+			continue
+		}
+		p, err := dev.Pull(q, sink)
+		if err != nil {
+			return err
+		}
+		unwatch, err := n.nat.Watch(p.FD(), p.Step, ended)
+		if err != nil {
+			p.Close()
+			return err
+		}
+		c.stopPulls = append(c.stopPulls, func() { unwatch(); p.Close() })
 	}
-	n.mu.Lock()
-	c.plugged = true
-	n.publishZone()
-	n.mu.Unlock()
 	return nil
 }
 
@@ -286,6 +314,9 @@ func (c *Container) down() error {
 	}
 	if c.stopServe != nil {
 		c.stopServe()
+		for _, stop := range c.stopPulls {
+			stop()
+		}
 		c.serving.Wait()
 	}
 	if c.port != 0 {
