@@ -8,6 +8,7 @@ import (
 	"patchbay/internal/testbed"
 	"patchbay/internal/testbed/probe"
 	"patchbay/nat"
+	"patchbay/tap"
 )
 
 // bulk is how many bytes a transfer has.
@@ -86,7 +87,7 @@ func TestBulkWithFaults(t *testing.T) {
 	}
 }
 
-// TestKindsOfTAP holds that a TAP without virtio header, and one with four queues, reach everything and carry every byte.
+// TestKindsOfTAP holds that a TAP without virtio header, one with four queues, a packet socket, and TAPs read by NAT's own loop reach everything and carry every byte.
 func TestKindsOfTAP(t *testing.T) {
 	testbed.Leaks(t)
 	testbed.RequirePing(t)
@@ -94,12 +95,16 @@ func TestKindsOfTAP(t *testing.T) {
 	for _, k := range []struct {
 		name string
 		cfg  ContainerConfig
+		loop bool
 	}{
-		{"plain", ContainerConfig{ForcePlain: true}},
-		{"queues", ContainerConfig{Queues: 4}},
+		{"plain", ContainerConfig{ForcePlain: true}, false},
+		{"queues", ContainerConfig{Queues: 4}, false},
+		{"packet", ContainerConfig{Device: tap.KindPacket}, false},
+		{"shared loop", ContainerConfig{}, true},
+		{"shared loop, queues", ContainerConfig{Queues: 2}, true},
 	} {
 		t.Run(k.name, func(t *testing.T) {
-			n := newNet(t, NetworkConfig{})
+			n := newNet(t, NetworkConfig{SharedLoop: k.loop})
 			k.cfg.Name, k.cfg.Publish = "box", specs(t, "8000:7000", "8000:7000/udp")
 			b := newBox(t, n, k.cfg)
 			peer := newBox(t, n, ContainerConfig{Name: "peer"})
