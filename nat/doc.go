@@ -32,7 +32,10 @@
 // # Limits
 //
 // Limits holds all of them; reaching one is a drop counter (flow-limit, dial-limit) and never an unbounded queue. Per-container quotas keep
-// one container's black-holed connects from stalling another's.
+// one container's black-holed connects from stalling another's. What comes through published ports has quotas of its own, so that outside clients do not keep
+// a container from connecting. The source of a datagram costs nothing to make up: where the clients of published UDP ports are too many, the oldest one
+// that its container never answered makes room (Stats.UDPEvicted). ICMP errors have a rate for each container. Forget ends what a container
+// has when it goes.
 //
 // # References
 //

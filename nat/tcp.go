@@ -176,14 +176,18 @@ func (t *tcpNAT) wait(d *tcpDial) bool {
 		t.mu.Unlock()
 		return false
 	}
+	// Both under the lock: whoever takes d off the list closes its descriptor, which somebody else may have by the time it is added.
 	first := t.dialing.first == nil
-	t.dialing.push(d)
+	err := t.n.streams.add(d.fd, unix.EPOLLOUT|unix.EPOLLONESHOT, d)
+	if err == nil {
+		t.dialing.push(d)
+	}
 	t.mu.Unlock()
+	if err != nil {
+		return false
+	}
 	if first {
 		t.n.streams.armTick(t.n.limits.DialTimeout)
-	}
-	if err := t.n.streams.add(d.fd, unix.EPOLLOUT|unix.EPOLLONESHOT, d); err != nil {
-		return !t.unlist(d)
 	}
 	return true
 }
