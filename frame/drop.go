@@ -40,6 +40,7 @@ const (
 	DropSplitHorizon               // both ports belong to the same split-horizon group
 	DropReserved                   // 01:80:c2:00:00:0x, which IEEE 802.1D bridges never forward
 	DropTTL                        // time to live ran out at the gateway
+	DropMemory                     // the buffers of the gateway's TCP connections have reached their limit
 	numDrops
 )
 
@@ -79,6 +80,7 @@ var dropText = [NumDrops][2]string{
 	DropTTL:            {"ttl", "the time to live ran out at the gateway; traceroute does that on purpose"},
 	DropRefused:        {"refused", "the receiving port did not take the frame; its own counters name the reason"},
 	DropSplitHorizon:   {"split-horizon", "both ports belong to the same split-horizon group"},
+	DropMemory:         {"memory", "the gateway's TCP buffers reached their limit: segments lost, to be sent again, or a writer held up"},
 	DropReserved:       {"reserved", "bridge protocol address (01:80:c2:00:00:0x), which is never forwarded"},
 }
 

@@ -32,7 +32,8 @@ type Config struct {
 	TCP TCPConfig
 	// MaxNeighbors bounds the addresses learned by ARP and ND; static ones do not count. Default 4096.
 	MaxNeighbors int
-	// ICMPErrorRate bounds the ICMP errors sent in a second, with a burst of a tenth of it. Default 1000.
+	// ICMPErrorRate bounds the ICMP errors, and resets for segments that belong to no connection, sent to one source address in a second, with a burst of a
+	// tenth of it. One container's flood takes nothing of another's. Default 1000.
 	ICMPErrorRate int
 	// Drops counts what is not delivered, by reason. Default: counters of its own, see Gateway.Drops.
 	Drops *frame.DropCounters
@@ -73,6 +74,10 @@ type TCPConfig struct {
 	// SendBufferMax and ReceiveBufferMax bound one connection's buffers, in bytes; both start small and grow with what the
 	// connection moves. Default 8 MiB each.
 	SendBufferMax, ReceiveBufferMax int
+	// MaxMemory bounds what all connections together hold in their buffers, in bytes, 1 MiB or more. Few connections may use what they like of
+	// three eighths of it, the rest is shared out, so that stalled connections leave room for others. A segment that would go over is lost, a write waits,
+	// and at the limit SYNs are ignored; all are counted as memory. Default 64 MiB, enough for some 4096 connections that all stall.
+	MaxMemory int
 	// MaxHalfOpen bounds the SYNs that wait for an answer from Handlers.TCP, MaxHalfOpenPerSource those of one container, so that
 	// none can use up all. Above either a SYN is dropped as dial-limit. Default 16384 and 4096.
 	MaxHalfOpen, MaxHalfOpenPerSource int
@@ -138,6 +143,10 @@ func (c *Config) withDefaults() error {
 	}
 	def(&c.TCP.SendBufferMax, 8<<20)
 	def(&c.TCP.ReceiveBufferMax, 8<<20)
+	def(&c.TCP.MaxMemory, 64<<20)
+	if c.TCP.MaxMemory < 1<<20 {
+		return fmt.Errorf("gateway TCP memory %d: want at least %d bytes (1 MiB), or 0 for the default", c.TCP.MaxMemory, 1<<20)
+	}
 	def(&c.TCP.MaxHalfOpen, 16384)
 	def(&c.TCP.MaxHalfOpenPerSource, 4096)
 	def(&c.TCP.KeepAliveIdle, 5*time.Minute)

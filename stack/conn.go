@@ -48,6 +48,7 @@ type conn struct {
 
 	src  sliceSource // what Write writes; here, so that it need not be allocated
 	ack  heldACK
+	mem  holdings
 	pump pump
 }
 
@@ -73,6 +74,9 @@ func (c *conn) setEndpoint(ep *tcp.Endpoint) {
 		c.ep.SetSockOptInt(tcpip.KeepaliveCountOption, t.KeepAliveCount)
 		c.ep.SocketOptions().SetKeepAlive(true)
 	}
+	if room := c.g.mem.room(); 2*room < min(initialBuffer, t.ReceiveBufferMax) { // half of a buffer is window
+		c.ep.SocketOptions().SetReceiveBufferSize(int64(2*room), false)
+	}
 }
 
 // dead reports whether the endpoint has left the stack.
@@ -97,6 +101,7 @@ func (c *conn) endTimeWait() bool {
 func (c *conn) enter() { c.busy.Add(1) }
 
 func (c *conn) leave() {
+	c.count()
 	c.busy.Add(-1)
 	if c.waiting.Load() > 0 {
 		c.drain()
@@ -123,6 +128,7 @@ func (c *conn) NotifyEvent(mask waiter.EventMask) {
 	}
 	if mask&waiter.EventHUp != 0 && c.up.Load() && c.dead() {
 		c.g.flows.remove(c)
+		c.count()
 	}
 }
 
@@ -197,7 +203,7 @@ func (c *conn) Read(p []byte) (int, error) {
 		w := tcpip.SliceWriter(p)
 		c.enter()
 		res, err := c.ep.Read(&w, tcpip.ReadOptions{})
-		if err == nil {
+		if err == nil && c.g.mem.mayGrow() {
 			c.ep.ModerateRecvBuf(res.Count)
 		}
 		c.leave()
@@ -251,7 +257,10 @@ const SuperPayload = 45 * 1448
 
 // writeSome queues what there is room for, at most one superframe.
 func (c *conn) writeSome(p []byte) (int, tcpip.Error) {
-	p = p[:min(len(p), SuperPayload)]
+	p = p[:min(len(p), SuperPayload, c.mayWrite())]
+	if len(p) == 0 {
+		return 0, &tcpip.ErrWouldBlock{}
+	}
 	c.src = p
 	c.enter()
 	n, err := c.ep.Write(&c.src, tcpip.WriteOptions{})

@@ -8,6 +8,8 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"patchbay/frame"
 )
 
 // DialTCP opens a connection into the network; see Network. A src without an address is the gateway's own, one without a port gets one.
@@ -26,6 +28,10 @@ func (g *Gateway) DialTCP(ctx context.Context, src, dst netip.AddrPort) (Conn, e
 	}
 	if !src.Addr().IsValid() || src.Addr().Is4() != dst.Addr().Is4() || g.isGroup(src.Addr()) {
 		return nil, opError("dial", src, dst, fmt.Errorf("source is not a unicast address of the destination's IP version: %w", syscall.EADDRNOTAVAIL))
+	}
+	if g.mem.full() {
+		g.drops.Add(frame.DropMemory, 1)
+		return nil, opError("dial", src, dst, fmt.Errorf("the network's connections hold as much as they may: %w", syscall.ENOBUFS))
 	}
 	c := newConn(g, flowKey{}, src, dst)
 	ep, terr := g.tcp.stack.NewEndpoint(tcp.ProtocolNumber, netProto(dst.Addr()), &c.queue)

@@ -30,13 +30,14 @@ type Gateway struct {
 	tx    txList
 	nb    neighbors
 	frags reassembly
-	errs  tokens // ICMP errors
-	ras   tokens // answers to router solicitations
-	raPkt []byte // a router advertisement, complete but for its destination
+	errs  sourceTokens // ICMP errors and resets
+	ras   tokens       // answers to router solicitations
+	raPkt []byte       // a router advertisement, complete but for its destination
 	ipID  atomic.Uint32
 
 	tcp     netstack
 	flows   flowTable
+	mem     memory
 	pending pendingTable
 
 	batches sync.Pool // *batch
@@ -101,6 +102,7 @@ func newGateway(cfg Config) (*Gateway, error) {
 		g.raPkt = pkt
 	}
 	g.flows.init()
+	g.mem.limit = int64(cfg.TCP.MaxMemory)
 	g.pending.init(cfg.TCP.MaxHalfOpen, cfg.TCP.MaxHalfOpenPerSource)
 	return g, nil
 }
@@ -211,6 +213,7 @@ func (g *Gateway) housekeeping() {
 		now := time.Now()
 		g.frags.expire(now)
 		g.ageNeighbors(now)
+		g.sweepMemory()
 		if g.raPkt != nil && !now.Before(nextRA) {
 			g.sendRA(allNodes, wire.MAC{0x33, 0x33, 0, 0, 0, 1})
 			nextRA = now.Add(g.cfg.RA.Interval)
@@ -242,32 +245,4 @@ func broadcast4(p netip.Prefix) netip.Addr {
 // linkLocal is the address fe80::/64 with the modified EUI-64 of m (RFC 4291 appendix A).
 func linkLocal(m wire.MAC) netip.Addr {
 	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
-}
-
-// tokens is a token bucket.
-type tokens struct {
-	mu    sync.Mutex
-	rate  float64 // a second
-	burst float64
-	have  float64
-	last  time.Time
-}
-
-func (t *tokens) init(rate, burst int) {
-	t.rate, t.burst, t.have = float64(rate), float64(burst), float64(burst)
-}
-
-func (t *tokens) take() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	now := time.Now()
-	if !t.last.IsZero() {
-		t.have = min(t.burst, t.have+now.Sub(t.last).Seconds()*t.rate)
-	}
-	t.last = now
-	if t.have < 1 {
-		return false
-	}
-	t.have--
-	return true
 }

@@ -149,7 +149,7 @@ func (g *Gateway) sendICMPError(ip *wire.IP, data []byte, src netip.Addr, typ, c
 		ip.Proto == wire.ProtoICMPv6 && t < 128 {
 		return
 	}
-	if !g.errs.take() {
+	if !g.errs.take(ip.Src) {
 		g.drops.Add(frame.DropServiceLimit, 1)
 		return
 	}

@@ -53,8 +53,11 @@ func (l *link) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Error) {
 	ps := pkts.AsSlice()
 	for _, p := range ps {
 		f := buildFrame(t, p)
-		if c, ok := p.Owner.(*conn); ok && c.ack.hold(g, t, &f, p) {
-			continue
+		if c, ok := p.Owner.(*conn); ok {
+			c.mem.rcvNxt.Store(header.TCP(p.TransportHeader().Slice()).AckNumber())
+			if c.ack.hold(g, t, &f, p) {
+				continue
+			}
 		}
 		if g.address(&f) {
 			t.add(f)

@@ -24,6 +24,7 @@ import (
 //     do not get it. Whoever has it then looks at the queue when letting it go: UnlockUser, timerHandler and processor.start.
 //   - startHandshake registers the endpoint with the demuxer before it sends the SYN-ACK.
 //   - the first field of handshake is its endpoint.
+//   - receiveMemUsed is one atomic load; receiveBufferUsed and the send queue's lock are held for a few instructions, and nothing is called under them.
 
 //go:linkname newIncomingSegment gvisor.dev/gvisor/pkg/tcpip/transport/tcp.newIncomingSegment
 func newIncomingSegment(id gstack.TransportEndpointID, clock tcpip.Clock, pkt *gstack.PacketBuffer) (unsafe.Pointer, error)
@@ -60,6 +61,18 @@ func startHandshake(l, s unsafe.Pointer, opts header.TCPSynOptions, queue *waite
 
 //go:linkname parseSynSegmentOptions gvisor.dev/gvisor/pkg/tcpip/transport/tcp.parseSynSegmentOptions
 func parseSynSegmentOptions(s unsafe.Pointer) header.TCPSynOptions
+
+//go:linkname receiveMemUsed gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).receiveMemUsed
+func receiveMemUsed(ep *tcp.Endpoint) int
+
+//go:linkname receiveBufferUsed gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).receiveBufferUsed
+func receiveBufferUsed(ep *tcp.Endpoint) int
+
+//go:linkname sendQueueLock gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*sndQueueMutex).Lock
+func sendQueueLock(m unsafe.Pointer)
+
+//go:linkname sendQueueUnlock gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*sndQueueMutex).Unlock
+func sendQueueUnlock(m unsafe.Pointer)
 
 // handshakeEndpoint reads the first field of a *handshake.
 func handshakeEndpoint(h unsafe.Pointer) *tcp.Endpoint { return *(**tcp.Endpoint)(h) }

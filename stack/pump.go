@@ -53,7 +53,7 @@ func (c *conn) push() {
 		before := p.moved
 		c.busy.Add(1) // without leave: whoever called looks at the backlog
 		_, err := c.ep.Read(p, tcpip.ReadOptions{})
-		if n := int(p.moved - before); n > 0 {
+		if n := int(p.moved - before); n > 0 && c.g.mem.mayGrow() {
 			c.ep.ModerateRecvBuf(n)
 		}
 		c.busy.Add(-1)
@@ -118,6 +118,7 @@ func (c *conn) kick() {
 		go func() {
 			c.pump.kicked.Store(false)
 			c.deliver()
+			c.count()
 			c.drain()
 		}()
 	}
@@ -145,6 +146,7 @@ func (c *conn) announce() {
 func (c *conn) Pump(w interface{ TryWrite([]byte) (int, error) }, end func(error)) {
 	c.start(w, end)
 	c.deliver()
+	c.count()
 	c.drain()
 }
 
@@ -156,6 +158,7 @@ func (c *conn) Resume() {
 	c.ready.Store(true)
 	p.mu.Unlock()
 	c.deliver()
+	c.count()
 	c.drain()
 }
 
@@ -204,6 +207,7 @@ func (c *conn) pushTo(w TryWriter) (int64, error) {
 	defer p.on.Store(false)
 	for {
 		c.deliver()
+		c.count()
 		c.drain()
 		p.mu.Lock()
 		for p.full && !p.done {

@@ -84,6 +84,11 @@ func (g *Gateway) request(p *Packet, key flowKey) {
 		t.mu.Unlock()
 		return
 	}
+	if g.mem.full() {
+		t.mu.Unlock()
+		g.drops.Add(frame.DropMemory, 1)
+		return
+	}
 	if len(t.m) >= t.max || t.bySrc[src] >= t.maxSrc {
 		t.mu.Unlock()
 		g.drops.Add(frame.DropDialLimit, 1)

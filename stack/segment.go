@@ -62,6 +62,8 @@ func (t *flowTable) put(c *conn) bool {
 	defer s.mu.Unlock()
 	if o := s.m[c.key]; o != nil && !o.dead() {
 		return false
+	} else if o == nil {
+		c.g.mem.flows.Add(1)
 	}
 	s.m[c.key] = c
 	return true
@@ -73,6 +75,7 @@ func (t *flowTable) remove(c *conn) {
 	defer s.mu.Unlock()
 	if s.m[c.key] == c {
 		delete(s.m, c.key)
+		c.g.mem.flows.Add(-1)
 	}
 }
 
@@ -119,7 +122,9 @@ func (g *Gateway) sortTCP(b *batch, p *Packet) {
 	}
 	switch {
 	case c != nil:
-		if g.enqueue(c, p) {
+		if n := len(l4) - int(l4[12]>>4)*4; n > 0 && !c.mayReceive(n, binary.BigEndian.Uint32(l4[4:])) {
+			g.drops.Add(frame.DropMemory, 1)
+		} else if g.enqueue(c, p) {
 			b.flow = c
 		}
 	case syn:
@@ -133,7 +138,7 @@ func (g *Gateway) sortTCP(b *batch, p *Packet) {
 			return
 		}
 		if l4[13]&tcpRST == 0 && !g.pending.has(&key) {
-			if !g.errs.take() {
+			if !g.errs.take(p.IP.Src) {
 				g.drops.Add(frame.DropServiceLimit, 1)
 				return
 			}
@@ -170,6 +175,7 @@ func (g *Gateway) enqueue(c *conn, p *Packet) bool {
 	if !full {
 		c.backlog = append(c.backlog, pkt)
 		c.waiting.Add(1)
+		c.mem.backlog.Add(int64(pkt.Data().Size()))
 	}
 	c.backlogMu.Unlock()
 	if full {
@@ -208,6 +214,7 @@ func (c *conn) drain() {
 			}
 			c.backlog = c.backlog[:0]
 			c.waiting.Store(0)
+			c.mem.backlog.Store(0)
 			c.backlogMu.Unlock()
 			c.ep.ResumeWork()
 			c.processOnce()
@@ -225,6 +232,7 @@ func (c *conn) drain() {
 		}
 		c.backlog = c.backlog[:0]
 		c.waiting.Store(0)
+		c.mem.backlog.Store(0)
 		c.backlogMu.Unlock()
 	}
 }
@@ -243,6 +251,7 @@ func (c *conn) processOnce() {
 	run(c.ep)
 	c.afterSegments()
 	c.ack.flush(c.g)
+	c.count()
 	c.busy.Add(-1)
 }
 
