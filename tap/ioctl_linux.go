@@ -43,11 +43,11 @@ func setOffload(fd int, want frame.Caps) frame.Caps {
 func setVnetHdr(fd int) error {
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, wire.VirtioNetHdrLen); err != nil {
 		if n, gerr := unix.IoctlGetUint32(fd, unix.TUNGETVNETHDRSZ); gerr != nil || n != wire.VirtioNetHdrLen {
-			return fmt.Errorf("virtio header of %d bytes: %w", wire.VirtioNetHdrLen, err)
+			return fmt.Errorf("%d bytes: %w", wire.VirtioNetHdrLen, err)
 		}
 	}
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETLE, 1); err != nil && !hostLittleEndian() {
-		return fmt.Errorf("little-endian virtio header: %w", err)
+		return fmt.Errorf("little-endian: %w", err)
 	}
 	return nil
 }

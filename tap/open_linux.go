@@ -146,12 +146,16 @@ func Open(c OpenConfig) (*Handle, error) {
 	switch {
 	case err == nil:
 		return h, nil
-	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOSYS):
+	case errors.Is(err, errNoHeader), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOSYS):
 		h.Notes = append(h.Notes, fmt.Sprintf("tap %q: virtio header refused (%v): opened without offloads", c.Name, err))
 		return openPlain(c, h)
 	}
 	return nil, explainOpen(c.Name, err)
 }
+
+// errNoHeader is an interface that could be had, but not with the header this package writes. A sandbox may say so with EPERM, which
+// of TUNSETIFF would mean that the interface cannot be had at all.
+var errNoHeader = errors.New("virtio header")
 
 // canOpenTUN is nil when the clone device can be opened and is what it should be.
 func canOpenTUN() error {
@@ -189,7 +193,7 @@ func openVnet(c OpenConfig, h *Handle, multi bool) (err error) {
 			return fmt.Errorf("TUNSETIFF: %w", err)
 		}
 		if err := setVnetHdr(fd); err != nil {
-			return err
+			return fmt.Errorf("%w: %w", errNoHeader, err)
 		}
 	}
 	h.Name, h.VnetHdr = name, true

@@ -8,12 +8,15 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"patchbay/frame"
 	"patchbay/internal/testbed"
@@ -144,13 +147,20 @@ func newPair(t testing.TB, oa, ob OpenConfig, mtu int) *pair {
 func newPairWith(t testing.TB, oa, ob OpenConfig, mtu int, c Config) *pair {
 	t.Helper()
 	p := &pair{a: testbed.NewNS(t, "a"), b: testbed.NewNS(t, "b")}
-	oa.Name, ob.Name = "eth0", "eth0"
+	oa.Name = "eth0"
 	p.da = openWith(t, p.a, oa, IfConfig{MTU: mtu, MAC: wire.MAC{2, 0, 0, 0, 0, 1}, Addrs: prefixes("10.1.0.1/24", "fd01::1/64")}, c)
+	p.plug(t, ob, mtu, c)
+	return p
+}
+
+// plug makes the second container, and joins the two.
+func (p *pair) plug(t testing.TB, ob OpenConfig, mtu int, c Config) {
+	t.Helper()
+	ob.Name = "eth0"
 	p.db = openWith(t, p.b, ob, IfConfig{MTU: mtu, MAC: wire.MAC{2, 0, 0, 0, 0, 2}, Addrs: prefixes("10.1.0.2/24", "fd01::2/64")}, c)
 	p.ab, p.ba = &cable{to: p.db}, &cable{to: p.da}
 	serve(t, p.da, p.ab)
 	serve(t, p.db, p.ba)
-	return p
 }
 
 func prefixes(ss ...string) (ps []netip.Prefix) {
@@ -335,6 +345,22 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
+// asleep waits until a thread of this process sleeps in ppoll(2), which nothing but an idle read loop calls.
+func asleep(t *testing.T) {
+	t.Helper()
+	want := []byte(fmt.Sprintf("%d ", unix.SYS_PPOLL))
+	testbed.Eventually(t, 5*time.Second, func() bool {
+		threads, err := filepath.Glob("/proc/self/task/*/syscall")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slices.ContainsFunc(threads, func(f string) bool {
+			b, err := os.ReadFile(f)
+			return err == nil && bytes.HasPrefix(b, want)
+		})
+	})
+}
+
 func TestServeEnds(t *testing.T) {
 	testbed.Leaks(t)
 	ns := testbed.NewNS(t)
@@ -360,7 +386,7 @@ func TestServeEnds(t *testing.T) {
 		for range 2 {
 			ctx, cancel := context.WithCancel(context.Background())
 			go func() { result <- d.Serve(ctx, 0, nothing) }()
-			time.Sleep(20 * time.Millisecond)
+			asleep(t)
 			select {
 			case err := <-result:
 				t.Fatalf("Serve returned before its context was done: %v", err)
@@ -379,7 +405,7 @@ func TestServeEnds(t *testing.T) {
 		}
 		// The interface is deleted.
 		go func() { result <- d.Serve(t.Context(), 0, nothing) }()
-		time.Sleep(20 * time.Millisecond)
+		asleep(t)
 		if out, err := ns.Command(testbed.Tool(t, "ip"), "link", "del", "eth0").CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
@@ -394,7 +420,7 @@ func TestServeEnds(t *testing.T) {
 		// Close ends it.
 		d = open(t, ns, OpenConfig{Name: "eth0", Plain: oc.Plain, Kind: oc.Kind}, IfConfig{})
 		go func() { result <- d.Serve(t.Context(), 0, nothing) }()
-		time.Sleep(20 * time.Millisecond)
+		asleep(t)
 		d.Close()
 		if err := within("Close"); err != nil {
 			t.Errorf("Close: %v", err)

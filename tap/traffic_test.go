@@ -110,6 +110,28 @@ func counters(t testing.TB, ns *testbed.NS, names ...string) string {
 	return strings.Join(bad, "")
 }
 
+// exchange sends size bytes of TCP each way, datagrams and fragments, over both protocols, and sees to it that neither the Devices nor the
+// kernels count anything amiss.
+func (p *pair) exchange(t testing.TB, mtu, size int) {
+	t.Helper()
+	for _, addr := range []string{"10.1.0.2", "fd01::2"} {
+		ping(t, p.a, addr)
+		ping(t, p.a, addr, "-s", fmt.Sprint(mtu-48), "-M", "do")
+		ping(t, p.a, addr, "-s", "20000") // fragments
+		transfer(t, p.a, p.b, addr, size)
+		transfer(t, p.b, p.a, addr[:len(addr)-1]+"1", size)
+		datagrams(t, p.a, p.b, addr, 300, mtu-48)
+	}
+	for _, d := range []*Device{p.da, p.db} {
+		d.Drops().Each(func(r frame.Drop, n uint64) { t.Errorf("%d drops: %v", n, r) })
+	}
+	for _, ns := range []*testbed.NS{p.a, p.b} {
+		if bad := counters(t, ns, "TcpInErrs", "TcpExtTCPRcvCoalesceErr", "UdpInCsumErrors", "Udp6InCsumErrors", "TcpInCsumErrors", "IpInHdrErrors", "Ip6InHdrErrors", "IpReasmFails", "Ip6ReasmFails"); bad != "" {
+			t.Errorf("the kernel counts errors:\n%s", bad)
+		}
+	}
+}
+
 // Real kernels talk through two TAPs: each kind of device on each side, MTU 1500 and 9000, IPv4 and IPv6.
 func TestTraffic(t *testing.T) {
 	testbed.Leaks(t)
@@ -137,14 +159,7 @@ func TestTraffic(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p := newPair(t, c.a, c.b, c.mtu)
-			for _, addr := range []string{"10.1.0.2", "fd01::2"} {
-				ping(t, p.a, addr)
-				ping(t, p.a, addr, "-s", fmt.Sprint(c.mtu-48), "-M", "do")
-				ping(t, p.a, addr, "-s", "20000") // fragments
-				transfer(t, p.a, p.b, addr, 24<<20)
-				transfer(t, p.b, p.a, addr[:len(addr)-1]+"1", 24<<20)
-				datagrams(t, p.a, p.b, addr, 300, c.mtu-48)
-			}
+			p.exchange(t, c.mtu, 24<<20)
 			if got := p.ab.supers.Load() > 0; got != c.supers {
 				t.Errorf("superframes crossed: %v, want %v", got, c.supers)
 			}
@@ -153,14 +168,6 @@ func TestTraffic(t *testing.T) {
 			}
 			if vnet := p.da.Caps() != 0; vnet != (p.ab.csum.Load() > 0) {
 				t.Errorf("frames with a checksum to finish: %d", p.ab.csum.Load())
-			}
-			for _, d := range []*Device{p.da, p.db} {
-				d.Drops().Each(func(r frame.Drop, n uint64) { t.Errorf("%d drops: %v", n, r) })
-			}
-			for _, ns := range []*testbed.NS{p.a, p.b} {
-				if bad := counters(t, ns, "TcpInErrs", "TcpExtTCPRcvCoalesceErr", "UdpInCsumErrors", "Udp6InCsumErrors", "TcpInCsumErrors", "IpInHdrErrors", "Ip6InHdrErrors", "IpReasmFails", "Ip6ReasmFails"); bad != "" {
-					t.Errorf("the kernel counts errors:\n%s", bad)
-				}
 			}
 			a, b := p.da.Stats(), p.db.Stats()
 			if a.RxFrames != p.ab.frames.Load() || a.RxFrames != b.TxFrames || b.RxFrames != a.TxFrames || b.TxBytes == 0 {
