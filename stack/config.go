@@ -76,7 +76,7 @@ type TCPConfig struct {
 	SendBufferMax, ReceiveBufferMax int
 	// MaxMemory bounds what all connections together hold in their buffers, in bytes, 1 MiB or more. Few connections may use what they like of
 	// three eighths of it, the rest is shared out, so that stalled connections leave room for others. A segment that would go over is lost, a write waits,
-	// and at the limit SYNs are ignored; all are counted as memory. Default 64 MiB, enough for some 4096 connections that all stall.
+	// and at the limit SYNs are ignored; all are counted as memory. Default 64 MiB, enough for 3000 queues that all stall.
 	MaxMemory int
 	// MaxHalfOpen bounds the SYNs that wait for an answer from Handlers.TCP, MaxHalfOpenPerSource those of one container, so that
 	// none can use up all. Above either a SYN is dropped as dial-limit. Default 16384 and 4096.

@@ -42,8 +42,8 @@
 // connection and of all together, ICMP errors of one source and answers to router solicitations a second: each is bounded, and what exceeds a bound is counted
 // in Drops. Established connections are bounded by whoever answers the requests.
 //
-// The buffers of all connections together (TCPConfig.MaxMemory, see memory.go) hold bytes as netstack counts them; Go's heap takes up to twice as much around them. Each
-// queue has a share whatever the others hold, so stalled connections cannot use it all up: those that move keep working, with smaller windows. A container
+// The buffers of all connections together (TCPConfig.MaxMemory, see memory.go) hold bytes as netstack counts them; Go's heap takes up to twice as much around them. Some of
+// it is kept for queues that are short, so stalled connections cannot use it all up: those that move keep working, with smaller windows. A container
 // that sends into a window announced when there was more room loses segments (drop reason memory) and sends them again.
 //
 // Not done here: anti-spoofing (the switch binds ports to addresses; the gateway only refuses sources outside its subnets), path MTU discovery inside

@@ -13,18 +13,17 @@ import (
 
 // memory bounds what the connections of a gateway hold in their buffers together.
 //
-// A queue may hold half of what is free of three eighths of the limit (Choudhury and Hahne's dynamic thresholds): few busy connections get all they can use. Those
-// that stall keep what they have, though, and a few of them would leave next to nothing; so each queue has, however little is free, a share that
-// shrinks with the number of connections. What all shares add up to, with the first ones taken while there were few connections, fits in the rest of the
-// limit for one connection in 16 KiB of it (4096 at the default). More than that get no further once the limit is reached: their SYNs wait.
+// A queue may hold half of what is free of three eighths of the limit (Choudhury and Hahne's dynamic thresholds): few busy connections get all they can use.
+// Those that stall keep what they have, though, and a few of them would leave next to nothing. So there is a second part, of which a queue may hold 1/64 of what
+// is free, at most 32 KiB; and a last eighth, of which each gets 4 KiB. At the default that is enough for 900 stalled queues with 32 KiB, and for 3000 in all.
+// With more the limit is reached, and SYNs wait.
 type memory struct {
 	limit int64
-	_     [56]byte // keeps what moves off the line of what does not
+	_     [56]byte // keeps total, which moves, off the line of what does not
 	total atomic.Int64
-	flows atomic.Int64
 }
 
-// Bounds of a queue's share.
+// Bounds of what a queue may hold when the first part is used up.
 const (
 	minShare = minBuffer
 	maxShare = 32 << 10
@@ -32,10 +31,11 @@ const (
 
 // room is the most one queue may hold now.
 func (m *memory) room() int {
-	if free := (m.limit*3/8 - m.total.Load()) / 2; free > maxShare {
+	used := m.total.Load()
+	if free := (m.limit*3/8 - used) / 2; free > maxShare {
 		return int(free)
 	}
-	return int(min(max(m.limit/32/max(m.flows.Load(), 1), minShare), maxShare))
+	return int(min(max((m.limit*7/8-used)/64, minShare), maxShare))
 }
 
 // full reports whether the limit is reached.

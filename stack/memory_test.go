@@ -27,7 +27,7 @@ func held(g *Gateway) (n int64) {
 // TestMemoryLimit: hundreds of connections that stall in either direction share a bounded memory, and leave some for who still moves.
 func TestMemoryLimit(t *testing.T) {
 	testbed.Leaks(t)
-	const stalled, limit = 200, 4 << 20
+	const stalled, limit = 200, 32 << 20
 	var up atomic.Int64
 	cfg := testConfig()
 	cfg.TCP.MaxMemory = limit

@@ -62,8 +62,6 @@ func (t *flowTable) put(c *conn) bool {
 	defer s.mu.Unlock()
 	if o := s.m[c.key]; o != nil && !o.dead() {
 		return false
-	} else if o == nil {
-		c.g.mem.flows.Add(1)
 	}
 	s.m[c.key] = c
 	return true
@@ -75,7 +73,6 @@ func (t *flowTable) remove(c *conn) {
 	defer s.mu.Unlock()
 	if s.m[c.key] == c {
 		delete(s.m, c.key)
-		c.g.mem.flows.Add(-1)
 	}
 }
 
