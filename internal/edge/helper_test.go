@@ -23,13 +23,17 @@ import (
 const (
 	runArg0 = "edge-test-run"
 	runEnv  = "EDGE_TEST_SPEC"
-	// countArg0 makes it a COMMAND that says each signal it gets, one a line, and ends with status 5 when it gets signal 36.
+	// countArg0 makes it a COMMAND that says each signal it gets, one a line, and ends with status 5 when it gets signal 36. See fence.
 	countArg0 = "edge-test-count"
 	// hostileArg0 makes it a COMMAND that turns on its edge process, see turnOnEdge.
 	hostileArg0 = "edge-test-hostile"
 )
 
+// quickExit keeps a process under the race detector from sleeping for a second before it ends; there are hundreds here.
+const quickExit = "atexit_sleep_ms=0"
+
 func TestMain(m *testing.M) {
+	edgeEnv = append(edgeEnv, "GORACE="+quickExit)
 	Main()
 	switch os.Args[0] {
 	case runArg0:
@@ -38,6 +42,9 @@ func TestMain(m *testing.M) {
 		countSignals()
 	case hostileArg0:
 		turnOnEdge(os.Args[1], os.Args[2])
+	}
+	if os.Getenv("GORACE") == "" {
+		os.Setenv("GORACE", quickExit)
 	}
 	testbed.Main(m)
 }
@@ -232,9 +239,21 @@ func counter(t testing.TB, before string) []string {
 	return []string{testbed.Tool(t, "bash"), "-c", before + " exec -a " + countArg0 + " " + self}
 }
 
+// fence is a signal that means nothing: when it has come, sent to the parent alone, so has what the parent had before, since parent and
+// edge process pass one on after the other.
+const fence = syscall.Signal(37)
+
+// settle waits until every signal that the parent has had is with COMMAND, a signal counter. It is called once a run.
+func (b *background) settle() {
+	b.t.Helper()
+	b.cmd.Process.Signal(fence)
+	b.expect("got-fence", 1)
+}
+
 func countSignals() {
 	ch := make(chan os.Signal, 100)
-	names := map[os.Signal]string{}
+	names := map[os.Signal]string{fence: "fence"}
+	signal.Notify(ch, fence)
 	for name, s := range signals {
 		names[s] = name
 		signal.Notify(ch, s)

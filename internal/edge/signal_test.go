@@ -31,7 +31,7 @@ func TestSignalToParent(t *testing.T) {
 				b.expect("got-"+name+"\n", n)
 			}
 		}
-		time.Sleep(50 * time.Millisecond)
+		b.settle()
 		for name := range signals {
 			if n := strings.Count(b.out.String(), "got-"+name+"\n"); n != 2 {
 				t.Errorf("PID %v: SIG%s arrived %d times, want 2", pid, name, n)
@@ -81,7 +81,7 @@ func TestSignalToGroupThatCommandLeft(t *testing.T) {
 	b.expect("ready", 1)
 	syscall.Kill(-cmd.Process.Pid, unix.SIGTERM)
 	b.expect("got-TERM\n", 1)
-	time.Sleep(30 * time.Millisecond)
+	b.settle()
 	if n := strings.Count(b.out.String(), "got-TERM\n"); n != 1 {
 		t.Errorf("SIGTERM arrived %d times", n)
 	}
@@ -109,7 +109,6 @@ func TestIgnoredSignals(t *testing.T) {
 	for _, s := range []syscall.Signal{unix.SIGHUP, unix.SIGINT} {
 		b.cmd.Process.Signal(s)
 	}
-	time.Sleep(20 * time.Millisecond)
 	if code := b.wait(); code != 0 {
 		t.Errorf("exit status %d", code)
 	}
@@ -186,7 +185,7 @@ func TestTerminal(t *testing.T) {
 			x.expect("got-INT", n)
 			x.typeIn("\x1c")
 			x.expect("got-QUIT", n)
-			time.Sleep(time.Duration(n*3) * time.Millisecond)
+			time.Sleep(time.Duration(n*3) * time.Millisecond) // the next key in and after groupBurst
 		}
 		for n := uint16(1); n <= 3; n++ {
 			ws := &unix.Winsize{Row: 20 + n, Col: 70 + n}
@@ -195,7 +194,7 @@ func TestTerminal(t *testing.T) {
 			}
 			x.expect("got-WINCH", int(n))
 		}
-		time.Sleep(50 * time.Millisecond)
+		x.settle()
 		for s, want := range map[string]int{"INT": 10, "QUIT": 10, "WINCH": 3} {
 			if n := strings.Count(x.out.String(), "got-"+s); n != want {
 				t.Errorf("PID %v: SIG%s arrived %d times, want %d", pid, s, n, want)

@@ -60,7 +60,7 @@ func TestNothingStays(t *testing.T) {
 				syscall.Kill(e, syscall.SIGSTOP)
 				b.cmd.Process.Kill()
 				if !pid {
-					time.Sleep(20 * time.Millisecond)
+					testbed.Eventually(t, 5*time.Second, func() bool { state, _, _ := procStat(b.cmd.Process.Pid); return state == 'Z' })
 					syscall.Kill(e, syscall.SIGCONT)
 				}
 			}, -1},

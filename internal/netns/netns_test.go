@@ -21,6 +21,20 @@ import (
 
 func TestMain(m *testing.M) { testbed.Main(m) }
 
+// goVersions are the releases of Go whose runtime was read against what target_linux.go says about it, separated by spaces.
+const goVersions = "go1.26"
+
+// TestGoVersion fails with a Go that nobody has looked at: read what target_linux.go says above its linknames against the new version's
+// runtime/proc.go and syscall/exec_linux.go, and add the version to the constant.
+func TestGoVersion(t *testing.T) {
+	for v := range strings.FieldsSeq(goVersions) {
+		if rest, ok := strings.CutPrefix(runtime.Version(), v); ok && (rest == "" || rest[0] < '0' || rest[0] > '9') {
+			return
+		}
+	}
+	t.Errorf("built with %s, of which nobody has checked what target_linux.go says about syscall.runtime_BeforeFork and its kin; looked at: %s", runtime.Version(), goVersions)
+}
+
 func mine(t *testing.T) string {
 	t.Helper()
 	s, err := os.Readlink("/proc/thread-self/ns/net")

@@ -165,6 +165,16 @@ type child struct {
 	data       [2]unix.CapUserData
 }
 
+// A Go without one of these names fails to link, and TestGoVersion fails on one that nobody has looked at. What was checked in the versions that
+// test names (runtime/proc.go, syscall/exec_linux.go):
+//
+//   - the three take no arguments and are called around clone as forkInto does: BeforeFork, then AfterFork in the parent, failed or not,
+//     and AfterForkInChild first of all in the child; the caller holds syscall.ForkLock.
+//   - BeforeFork blocks all signals and spoils the stack guard, so that a stack that wants to grow crashes instead; AfterFork undoes both.
+//   - AfterForkInChild clears the signal handlers and restores the mask, and nothing else. It was written for a child that shares the
+//     parent's memory (CLONE_VM); forkInto's has a copy, in which it writes as well.
+//   - syscall.RawSyscall and RawSyscall6 are nosplit, and neither instrumented nor known to the scheduler.
+
 //go:linkname runtimeBeforeFork syscall.runtime_BeforeFork
 func runtimeBeforeFork()
 
