@@ -60,6 +60,12 @@ func (s toDevice) Forward(fs []frame.Frame) { s.dev.Transmit(fs) }
 
 func newWorld(t testing.TB, cfg Config, open tap.OpenConfig) *world {
 	t.Helper()
+	return newWireWorld(t, cfg, open, func(s frame.Sink) frame.Sink { return s })
+}
+
+// newWireWorld is newWorld with a wire of the test's on either way: wire wraps the sinks of both ends.
+func newWireWorld(t testing.TB, cfg Config, open tap.OpenConfig, wire func(frame.Sink) frame.Sink) *world {
+	t.Helper()
 	testbed.RequireTUN(t)
 	w := &world{NS: testbed.NewNS(t, "container")}
 	var h *tap.Handle
@@ -93,11 +99,11 @@ func newWorld(t testing.TB, cfg Config, open tap.OpenConfig) *world {
 	if w.gw, err = New(cfg); err != nil {
 		t.Fatal(err)
 	}
-	w.gw.Connect(func() frame.Sink { return toDevice{w.dev} })
+	w.gw.Connect(func() frame.Sink { return wire(toDevice{w.dev}) })
 	var wg sync.WaitGroup
 	for q := range w.dev.Queues() {
 		wg.Go(func() {
-			if err := w.dev.Serve(context.Background(), q, toGateway{w.gw}); err != nil && !errors.Is(err, tap.ErrGone) {
+			if err := w.dev.Serve(context.Background(), q, wire(toGateway{w.gw})); err != nil && !errors.Is(err, tap.ErrGone) {
 				t.Errorf("serve: %v", err)
 			}
 		})
