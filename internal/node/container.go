@@ -329,6 +329,7 @@ func (c *Container) down() error {
 		n.nat.Forget(a) // before the address can be somebody else's
 		n.gw.DelNeighbor(a)
 	}
+	n.nat.Forget(wire.LinkLocal(c.mac)) // the one more that the switch lets pass
 	for _, p := range n.pools {
 		errs = append(errs, p.Release(context.Background(), c.name))
 	}
