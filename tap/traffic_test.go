@@ -159,7 +159,11 @@ func TestTraffic(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p := newPair(t, c.a, c.b, c.mtu)
-			p.exchange(t, c.mtu, 24<<20)
+			size := 24 << 20
+			if testing.Short() {
+				size = 4 << 20
+			}
+			p.exchange(t, c.mtu, size)
 			if got := p.ab.supers.Load() > 0; got != c.supers {
 				t.Errorf("superframes crossed: %v, want %v", got, c.supers)
 			}
