@@ -32,7 +32,7 @@ test: deps build ## install what the tests use and run all of them
 
 .PHONY: race
 race: deps build ## the concurrent rooms again, under the race detector
-	PATCHBAY_BIN=$(CURDIR)/$(BIN) CGO_ENABLED=1 go test -race -short -p 1 -timeout 15m $(RACE)
+	PATCHBAY_BIN=$(CURDIR)/$(BIN) GORACE=atexit_sleep_ms=0 CGO_ENABLED=1 go test -race -short -p 2 -timeout 15m $(RACE)
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (30s)
