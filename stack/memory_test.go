@@ -27,7 +27,7 @@ func held(g *Gateway) (n int64) {
 // TestMemoryLimit: hundreds of connections that stall in either direction share a bounded memory, and leave some for who still moves.
 func TestMemoryLimit(t *testing.T) {
 	testbed.Leaks(t)
-	const stalled, limit = 200, 32 << 20
+	const uploads, downloads, limit = 300, 100, 24 << 20
 	var up atomic.Int64
 	cfg := testConfig()
 	cfg.TCP.MaxMemory = limit
@@ -62,18 +62,24 @@ func TestMemoryLimit(t *testing.T) {
 		}
 	})
 	var cs []*net.TCPConn
-	for range stalled {
-		cs = append(cs, w.dial(t, "192.0.2.7:1"))
+	for range uploads {
 		c := w.dial(t, "[2001:db8::7]:2")
 		c.SetDeadline(time.Time{})
 		cs = append(cs, c)
+	}
+	// All of them were promised a window while there was room.
+	testbed.Eventually(t, patience, func() bool { return up.Load() == uploads })
+	for _, c := range cs {
 		wg.Go(func() {
 			for _, err := c.Write(make([]byte, 1<<20)); err == nil; _, err = c.Write(make([]byte, 1<<20)) {
 			}
 		})
 	}
+	for range downloads {
+		cs = append(cs, w.dial(t, "192.0.2.7:1"))
+	}
 	testbed.Eventually(t, patience, func() bool {
-		return up.Load() == 2*stalled && w.gw.TCPMemory() > limit/2 && w.gw.Drops().Get(frame.DropMemory) > 0
+		return up.Load() == uploads+downloads && w.gw.TCPMemory() > limit/2 && w.gw.Drops().Get(frame.DropMemory) > 0
 	})
 	time.Sleep(500 * time.Millisecond)
 	c := w.dial(t, "192.0.2.7:3")
