@@ -48,15 +48,17 @@ func (u *udpNAT) drainErrors(s *packetSock) {
 		h.SetIovlen(1)
 		h.Control = &oob[0]
 		h.SetControllen(len(oob))
+		s.errMu.Lock() // so that whoever finds the queue empty finds what it said of the MTU
 		if n, errno := recvmmsg(s.fd, m[:], unix.MSG_ERRQUEUE); errno != 0 || n == 0 {
+			s.errMu.Unlock()
 			return
 		}
 		he, ok := parseHostError(oob[:min(int(h.Controllen), len(oob))])
-		if !ok {
-			continue
-		}
-		if he.origin == eeOriginLocal {
+		if ok && he.origin == eeOriginLocal {
 			s.mtu.Store(int32(he.info))
+		}
+		s.errMu.Unlock()
+		if !ok || he.origin == eeOriginLocal {
 			continue
 		}
 		peer, ok := name.get()

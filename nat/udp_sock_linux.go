@@ -32,6 +32,7 @@ type packetSock struct {
 	df     dfMode
 	gsoMax int          // largest segment that the host cuts for us; 0 for none
 	mtu    atomic.Int32 // of the path that refused a packet for its length last
+	errMu  sync.Mutex   // of taking an error off the queue and storing mtu
 }
 
 // dfMode is what IP_MTU_DISCOVER is set to.
