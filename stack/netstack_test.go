@@ -126,6 +126,7 @@ func TestConfig(t *testing.T) {
 		"RA resolver":   func(c *Config) { c.RA.RDNSS = append(c.RA.RDNSS, gw4) },
 		"search domain": func(c *Config) { c.RA.DNSSL = []string{"a..b"} },
 		"congestion":    func(c *Config) { c.TCP.CongestionControl = "vegas" },
+		"TCP memory":    func(c *Config) { c.TCP.MaxMemory = 1<<20 - 1 },
 	} {
 		cfg := testConfig()
 		f(&cfg)
