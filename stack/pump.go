@@ -74,7 +74,7 @@ func (c *conn) push() {
 			}
 		}
 		p.done = true
-		if e := c.errFor("read", err); e != io.EOF {
+		if e := c.errFor("read", err); !errors.Is(e, io.EOF) {
 			p.err = e
 		}
 	}
@@ -191,7 +191,7 @@ func (c *conn) WriteTo(w io.Writer) (int64, error) {
 				return total, werr
 			}
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return total, nil
 		}
 		if err != nil {
@@ -248,7 +248,7 @@ func (c *conn) pushSlow(w io.Writer) {
 	}
 	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		p.done = true
-		if err != io.EOF {
+		if !errors.Is(err, io.EOF) {
 			p.err = err
 		}
 	}
@@ -291,7 +291,7 @@ func (c *conn) ReadFrom(r io.Reader) (int64, error) {
 				return total, werr
 			}
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return total, nil
 		}
 		if err != nil {

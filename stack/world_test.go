@@ -3,15 +3,11 @@ package stack
 import (
 	"context"
 	"errors"
-	"io"
-	"net"
 	"net/netip"
 	"os"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
-	"time"
 
 	"patchbay/frame"
 	"patchbay/internal/testbed"
@@ -132,99 +128,4 @@ func accepting(serve func(Conn)) TCPHandler {
 			serve(c)
 		}()
 	})
-}
-
-// natHandler carries connections to the host alias over to the loopback of the namespace the test is in, the way package nat does.
-type natHandler struct {
-	try  bool
-	logf func(format string, args ...any)
-}
-
-func (h natHandler) note(what string, err error) {
-	if h.logf != nil {
-		h.logf("%s: %v", what, err)
-	}
-}
-
-type hostWriter struct{ c *net.TCPConn }
-
-func (w hostWriter) Write(b []byte) (int, error) { return w.c.Write(b) }
-
-func (w hostWriter) TryWrite(b []byte) (n int, err error) {
-	raw, err := w.c.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	werr := raw.Write(func(fd uintptr) bool {
-		n, err = syscall.Write(int(fd), b)
-		return true
-	})
-	if n < 0 {
-		n = 0
-	}
-	if err == syscall.EAGAIN {
-		err = nil
-	}
-	return n, errors.Join(err, werr)
-}
-
-func (h natHandler) HandleTCP(r TCPRequest) {
-	go func() {
-		to := r.Dst()
-		switch to.Addr() {
-		case alias4:
-			to = netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), to.Port())
-		case alias6:
-			to = netip.AddrPortFrom(netip.MustParseAddr("::1"), to.Port())
-		}
-		hc, err := net.DialTimeout("tcp", to.String(), 5*time.Second)
-		switch {
-		case errors.Is(err, syscall.ECONNREFUSED):
-			r.Refuse()
-			return
-		case err != nil:
-			r.Unreachable(UnreachHost)
-			return
-		}
-		host := hc.(*net.TCPConn)
-		c, err := r.Accept()
-		if err != nil {
-			h.note("accept", err)
-			host.Close()
-			return
-		}
-		h.join(c, host)
-	}()
-}
-
-func (h natHandler) join(c Conn, host *net.TCPConn) {
-	var wg sync.WaitGroup
-	abort := func() {
-		c.Reset()
-		host.SetLinger(0)
-		host.Close()
-	}
-	wg.Go(func() {
-		_, err := c.ReadFrom(host)
-		if err == nil {
-			err = c.CloseWrite()
-		}
-		if err != nil {
-			h.note("download", err)
-			abort()
-		}
-	})
-	var w io.Writer = struct{ io.Writer }{host}
-	if h.try {
-		w = hostWriter{host}
-	}
-	if _, err := c.WriteTo(w); err != nil {
-		h.note("upload", err)
-		abort()
-	} else {
-		host.CloseWrite()
-	}
-	wg.Wait()
-	c.Close()
-	host.Close()
 }

@@ -53,6 +53,7 @@ failure of patchbay itself, 126 a COMMAND that cannot be executed, 127 one that 
 			&cli.BoolFlag{Name: "plain-tap", Usage: "open the TAP without offloads, as where a sandbox refuses them"},
 			&cli.IntFlag{Name: "max-flows", Usage: "at most `N` TCP connections, and as many UDP flows, through NAT"},
 			&cli.IntFlag{Name: "max-dials", Usage: "at most `N` connections waiting for an answer"},
+			&cli.IntFlag{Name: "max-memory", Usage: "at most `MIB` in the buffers of all TCP connections through NAT", Value: 64},
 			&cli.StringFlag{Name: "stats", Usage: "when it has ended, write ports, counters and drops as JSON to `FILE` (- for standard error)"},
 			&cli.StringFlag{Name: "profile", Usage: "write a CPU and a heap profile into `DIR`"},
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log state changes to standard error"},
@@ -142,7 +143,7 @@ func wait(p interface{ Wait() (edge.Status, error) }) error {
 }
 
 // privateFlags make sense on a private network only.
-var privateFlags = []string{"publish", "host-loopback", "link-local", "subnet", "ip", "mac", "mtu", "dns", "queues", "device", "plain-tap", "max-flows", "max-dials", "stats"}
+var privateFlags = []string{"publish", "host-loopback", "link-local", "subnet", "ip", "mac", "mtu", "dns", "queues", "device", "plain-tap", "max-flows", "max-dials", "max-memory", "stats"}
 
 func rejectPrivateFlags(c *cli.Context) error {
 	for _, f := range privateFlags {
@@ -180,7 +181,7 @@ func processSpec(c *cli.Context) (edge.Spec, error) {
 
 func networkConfig(c *cli.Context) (node.NetworkConfig, error) {
 	cfg := node.NetworkConfig{
-		Name: "default", MTU: c.Int("mtu"), HostLoopback: c.Bool("host-loopback"), AllowLinkLocal: c.Bool("link-local"),
+		Name: "default", MTU: c.Int("mtu"), TCPMemory: c.Int("max-memory") << 20, HostLoopback: c.Bool("host-loopback"), AllowLinkLocal: c.Bool("link-local"),
 		Limits: nat.Limits{
 			TCPFlows: c.Int("max-flows"), TCPFlowsPerContainer: c.Int("max-flows"), UDPFlows: c.Int("max-flows"), UDPFlowsPerContainer: c.Int("max-flows"),
 			HalfOpen: c.Int("max-dials"), HalfOpenPerContainer: c.Int("max-dials"),
@@ -204,7 +205,7 @@ func networkConfig(c *cli.Context) (node.NetworkConfig, error) {
 		}
 		cfg.DNS = append(cfg.DNS, a)
 	}
-	for _, f := range []string{"max-flows", "max-dials", "queues"} {
+	for _, f := range []string{"max-flows", "max-dials", "max-memory", "queues"} {
 		if c.IsSet(f) && c.Int(f) < 1 {
 			return cfg, fmt.Errorf("--%s: %d is too few; use 1 or more", f, c.Int(f))
 		}

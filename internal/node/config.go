@@ -29,6 +29,8 @@ type NetworkConfig struct {
 	// SharedLoop has one thread read the containers' TAPs and NAT's TCP sockets. On a machine with two cores and for a network with one container that is faster
 	// than a thread for each (ADR 5); with more of either it is one thread for what several could do. Default: a thread for each TAP queue.
 	SharedLoop bool
+	// TCPMemory bounds what netstack holds for all connections together, in bytes: 1 MiB at least. Default 64 MiB; see stack.TCPConfig.MaxMemory.
+	TCPMemory int
 	// Limits bound what containers can make grow.
 	Limits nat.Limits
 	// Logger gets state changes. Default: none.

@@ -165,7 +165,7 @@ func (n *Network) openGateway() error {
 	if err != nil {
 		return err
 	}
-	c := stack.Config{MAC: mac, MTU: n.cfg.MTU, Drops: n.drops, Logger: n.log}
+	c := stack.Config{MAC: mac, MTU: n.cfg.MTU, Drops: n.drops, Logger: n.log, TCP: stack.TCPConfig{MaxMemory: n.cfg.TCPMemory}}
 	var aliases []netip.Addr
 	for _, p := range n.pools {
 		c.Addrs = append(c.Addrs, netip.PrefixFrom(p.Gateway(), p.Prefix().Bits()))
