@@ -25,6 +25,7 @@ type portQueue struct {
 
 const (
 	recycleDepth = 4096             // ports of a destination in TIME-WAIT from which on the oldest is taken again; so at 4,096 a second after one second
+	recycleTries = 4                // ports tried before the destination is given up and the kernel chooses
 	recycleDests = 256              // destinations watched; 8 KiB each at most
 	recycleFor   = 60 * time.Second // how long TIME-WAIT lasts (TCP_TIMEWAIT_LEN)
 )

@@ -266,10 +266,17 @@ func (t *tcpNAT) abandon(d *tcpDial, remove func(int)) {
 
 // connect starts a connect on the host.
 func (t *tcpNAT) connect(to netip.AddrPort) (fd int, done bool, err error) {
-	if port := t.recycler.take(to); port != 0 {
+	for range recycleTries {
+		port := t.recycler.take(to)
+		if port == 0 {
+			break
+		}
+		// One port may be held by another program's socket; when several are refused in a row, it is the peer that sends no timestamps.
 		if fd, done, err = connect(to, port); !errors.Is(err, errPortTaken) {
 			return fd, done, err
 		}
+	}
+	if errors.Is(err, errPortTaken) {
 		t.recycler.forget(to)
 	}
 	return connect(to, 0)

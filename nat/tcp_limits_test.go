@@ -278,6 +278,8 @@ func TestRecycle(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
+	// Ports of its own: an earlier test's TIME-WAIT without SO_REUSEADDR, towards whatever address, keeps its port from being bound.
+	testbed.Sysctl(t, testbed.Host(t), "net/ipv4/ip_local_port_range", "62000 63000")
 	n := startNAT(t, Config{Network: addrNet{}})
 	n.tcp.recycler.depth = 5
 	var ports []uint16
