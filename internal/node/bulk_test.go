@@ -113,6 +113,9 @@ func TestKindsOfTAP(t *testing.T) {
 			if plain := st.Containers[0].Caps == 0; plain != k.cfg.ForcePlain {
 				t.Errorf("capabilities of the device: %v", st.Containers[0].Caps)
 			}
+			if got := st.Containers[0].Device; got != k.cfg.Device {
+				t.Errorf("the device is a %v, want a %v", got, k.cfg.Device)
+			}
 			reachEverything(t, n, b, ext)
 			for _, a := range []string{
 				netip.AddrPortFrom(ext.Addr4, 7).String(), netip.AddrPortFrom(ext.Addr6, 7).String(), peer.v4(7), peer.v6(7),

@@ -133,7 +133,7 @@ func (n *Network) reserve(cfg ContainerConfig) (*Container, error) {
 // lease gets the container its addresses and says how its interface is to look.
 func (c *Container) lease(ctx context.Context, cfg ContainerConfig) (edge.Interface, error) {
 	n := c.network
-	ifc := edge.Interface{Name: "eth0", MTU: n.cfg.MTU, Queues: cfg.Queues, TxQueueLen: txQueueLen, ForcePlain: cfg.ForcePlain}
+	ifc := edge.Interface{Name: "eth0", MTU: n.cfg.MTU, Queues: cfg.Queues, TxQueueLen: txQueueLen, ForcePlain: cfg.ForcePlain, Kind: cfg.Device}
 	wanted := slices.Clone(cfg.Addrs)
 	for _, pool := range n.pools {
 		req := ipam.Request{Attachment: c.name, MAC: c.mac, Hostname: c.name}

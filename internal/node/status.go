@@ -9,6 +9,7 @@ import (
 	"patchbay/internal/wire"
 	"patchbay/nat"
 	vswitch "patchbay/switch"
+	"patchbay/tap"
 )
 
 // Status is a picture of a network at one moment, as people and JSON see it.
@@ -26,11 +27,13 @@ type Status struct {
 
 // ContainerStatus is one attachment.
 type ContainerStatus struct {
-	Name  string        `json:"name"`
-	MAC   wire.MAC      `json:"mac"`
-	Addrs []netip.Addr  `json:"addrs"`
-	Caps  frame.Caps    `json:"caps"`
-	Up    time.Duration `json:"up"`
+	Name  string       `json:"name"`
+	MAC   wire.MAC     `json:"mac"`
+	Addrs []netip.Addr `json:"addrs"`
+	Caps  frame.Caps   `json:"caps"`
+	// Device is how its interface reaches the switch: "tap" or "packet".
+	Device tap.Kind      `json:"device"`
+	Up     time.Duration `json:"up"`
 }
 
 // PortStatus is one port's counters, seen from the switch: rx is what it received from the port.
@@ -69,7 +72,7 @@ func (n *Network) Status() Status {
 	n.mu.Lock()
 	for _, c := range n.containers {
 		if c.plugged {
-			st.Containers = append(st.Containers, ContainerStatus{Name: c.name, MAC: c.mac, Addrs: c.addrs, Caps: c.device.Caps(), Up: time.Since(c.started)})
+			st.Containers = append(st.Containers, ContainerStatus{Name: c.name, MAC: c.mac, Addrs: c.addrs, Caps: c.device.Caps(), Device: c.device.Info().Kind, Up: time.Since(c.started)})
 			c.device.Drops().Each(count)
 		}
 	}
