@@ -261,9 +261,12 @@ func TestPublishUDPSpoofed(t *testing.T) {
 	ask(t, answered, netip.AddrPortFrom(b.out.HostAddr4, 5300), []byte("four"))
 	b.Forget(bedC4)
 	b.Forget(netip.MustParseAddr("10.88.0.77"))
-	if s := b.Stats(); s.UDPClients != 0 || len(p.clients) != 0 || len(p.fresh) != 0 || s.PublishedPorts != 2 {
+	s := b.Stats()
+	p.mu.Lock()
+	if s.UDPClients != 0 || len(p.clients) != 0 || len(p.fresh) != 0 || s.PublishedPorts != 2 {
 		t.Errorf("after Forget: %+v, %d clients, %d lists", s, len(p.clients), len(p.fresh))
 	}
+	p.mu.Unlock()
 	ask(t, answered, netip.AddrPortFrom(b.out.HostAddr4, 5300), []byte("five")) // the ports are still there
 }
 

@@ -23,7 +23,7 @@ const TUNPath = "/dev/net/tun"
 func TUN() Result { return tun(TUNPath) }
 
 func tun(path string) Result {
-	r := Result{Name: "tun", Need: "Linux 2.6", Required: true}
+	r := Result{Name: "tun", Need: "Linux 2.6"}
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err == nil {
 		defer unix.Close(fd)
@@ -32,7 +32,7 @@ func tun(path string) Result {
 		}
 		return ok(r, path+" can be opened")
 	}
-	detail := fmt.Sprintf("open %s: %v", path, err)
+	detail := fmt.Sprintf("open %s: %v: containers get a packet socket instead, which is slower", path, err)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return fail(r, detail, "sudo modprobe tun; inside a container, start it with --device "+TUNPath)
@@ -137,30 +137,29 @@ func notTried(detail, remedy string) []Result {
 // tapProbes are the properties of a TAP that matter. flags are added to TUNSETIFF, offload is given to TUNSETOFFLOAD.
 var tapProbes = [...]struct {
 	name, need string
-	required   bool
 	flags      uint16
 	offload    int
 	without    string
 }{
-	{"tap", "Linux 2.6", true, 0, 0, "no interface for a container"},
-	{"tap-vnet-hdr", "Linux 2.6.27", false, unix.IFF_VNET_HDR, 0, "no offloads: a tenth of the throughput"},
-	{"tap-checksum", "Linux 2.6.27", false, unix.IFF_VNET_HDR, unix.TUN_F_CSUM, "no checksum offload"},
-	{"tap-tso", "Linux 2.6.27", false, unix.IFF_VNET_HDR, unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6 | unix.TUN_F_TSO_ECN,
+	{"tap", "Linux 2.6", 0, 0, "containers get a packet socket instead, which is slower"},
+	{"tap-vnet-hdr", "Linux 2.6.27", unix.IFF_VNET_HDR, 0, "no offloads: a tenth of the throughput"},
+	{"tap-checksum", "Linux 2.6.27", unix.IFF_VNET_HDR, unix.TUN_F_CSUM, "no checksum offload"},
+	{"tap-tso", "Linux 2.6.27", unix.IFF_VNET_HDR, unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6 | unix.TUN_F_TSO_ECN,
 		"no TCP superframes: a tenth of the throughput"},
-	{"tap-uso", "Linux 6.2", false, unix.IFF_VNET_HDR, unix.TUN_F_CSUM | unix.TUN_F_USO4 | unix.TUN_F_USO6, "no UDP superframes: UDP (QUIC) costs more"},
-	{"tap-multi-queue", "Linux 3.8", false, unix.IFF_MULTI_QUEUE, 0, "one core a container"},
+	{"tap-uso", "Linux 6.2", unix.IFF_VNET_HDR, unix.TUN_F_CSUM | unix.TUN_F_USO4 | unix.TUN_F_USO6, "no UDP superframes: UDP (QUIC) costs more"},
+	{"tap-multi-queue", "Linux 3.8", unix.IFF_MULTI_QUEUE, 0, "one core a container"},
 }
 
 func tapNotTried(detail, remedy string) (rs []Result) {
 	for _, p := range tapProbes {
-		rs = append(rs, fail(Result{Name: p.name, Need: p.need, Required: p.required}, detail, remedy))
+		rs = append(rs, fail(Result{Name: p.name, Need: p.need}, detail, remedy))
 	}
 	return rs
 }
 
 func tryTAP() (rs []Result) {
 	for _, p := range tapProbes {
-		r := Result{Name: p.name, Need: p.need, Required: p.required}
+		r := Result{Name: p.name, Need: p.need}
 		if err := tryTAPWith(p.flags, p.offload); err != nil {
 			rs = append(rs, fail(r, fmt.Sprintf("%v: %s", err, p.without), "use "+p.need+" or later; a sandbox kernel may lack it at any version"))
 			continue
