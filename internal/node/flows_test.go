@@ -92,8 +92,8 @@ func TestManyFlowsAndBack(t *testing.T) {
 		t.Errorf("%d flows for 1,000 open connections", f)
 	}
 	t.Logf("1,000 flows, 60 MB each way: %v, %v; %d segments sent again", time.Since(start).Round(time.Millisecond), measure(), resent(b))
-	// The TAP's queue has room for what a thousand flows have under way: see txQueueLen.
-	if d, err := strconv.Atoi(b.run("cat", "/sys/class/net/eth0/statistics/tx_dropped")); err != nil || d > 1000 {
+	// The TAP's queue has room for what a thousand flows have under way: see txQueueLen. A reader that the race detector slows down lets any queue overflow.
+	if d, err := strconv.Atoi(b.run("cat", "/sys/class/net/eth0/statistics/tx_dropped")); err != nil || d > 1000 && !raceEnabled {
 		t.Errorf("the TAP's queue has dropped %d frames, %v", d, err)
 	}
 	b.do(ask{Flows: &flows{Rounds: 3, Size: 100, Close: true}})
@@ -152,8 +152,9 @@ func TestBlackHoleStallsNobodyElse(t *testing.T) {
 	quiet := short(t, b, c)
 	a.do(ask{Hole: &hole{Addr: netip.AddrPortFrom(gone, 80).String(), Count: 2000}})
 	testbed.Eventually(t, 5*time.Second, func() bool { return n.Status().NAT.HalfOpen == limit })
-	if d := drop(n, frame.DropDialLimit); d < 1000 {
-		t.Errorf("%s is %d, want at least the 1,000 above the limit", frame.DropDialLimit, d)
+	// The limit is reached before the last of the 2,000 SYNs is here.
+	if !testbed.Wait(5*time.Second, func() bool { return drop(n, frame.DropDialLimit) >= 1000 }) {
+		t.Errorf("%s is %d, want at least the 1,000 above the limit", frame.DropDialLimit, drop(n, frame.DropDialLimit))
 	}
 	beside := short(t, b, c)
 	if beside.P50 > 3*quiet.P50+10*time.Millisecond {
