@@ -179,25 +179,7 @@ func (c *conn) WriteTo(w io.Writer) (int64, error) {
 	if t, ok := w.(TryWriter); ok {
 		return c.pushTo(t)
 	}
-	buf := pumpBuffers.Get().(*[SuperPayload]byte)
-	defer pumpBuffers.Put(buf)
-	var total int64
-	for {
-		n, err := c.Read(buf[:])
-		if n > 0 {
-			m, werr := w.Write(buf[:n])
-			total += int64(m)
-			if werr != nil {
-				return total, werr
-			}
-		}
-		if errors.Is(err, io.EOF) {
-			return total, nil
-		}
-		if err != nil {
-			return total, err
-		}
-	}
+	return copyThrough(w, c)
 }
 
 // pushTo is WriteTo for a writer that can be given bytes from elsewhere. This goroutine sleeps until there is an end, or the writer is full.
@@ -279,13 +261,19 @@ func (c *conn) TryWrite(b []byte) (int, error) {
 
 // ReadFrom sends what r yields until its end or an error.
 func (c *conn) ReadFrom(r io.Reader) (int64, error) {
+	return copyThrough(c, r)
+}
+
+// copyThrough moves what src yields to dst until src's end (nil) or an error. A reader or writer that could do more than Read and Write is not
+// asked to, or it would ask the Conn back.
+func copyThrough(dst io.Writer, src io.Reader) (int64, error) {
 	buf := pumpBuffers.Get().(*[SuperPayload]byte)
 	defer pumpBuffers.Put(buf)
 	var total int64
 	for {
-		n, err := r.Read(buf[:])
+		n, err := src.Read(buf[:])
 		if n > 0 {
-			m, werr := c.Write(buf[:n])
+			m, werr := dst.Write(buf[:n])
 			total += int64(m)
 			if werr != nil {
 				return total, werr
