@@ -28,6 +28,7 @@ var floors = []struct {
 	{5, "patchbay/nat"},
 	{5, "patchbay/internal/dns"},
 	{5, "patchbay/internal/dhcp"},
+	{5, "patchbay/internal/api"},
 	{6, "patchbay/internal/node"},
 	{7, "patchbay/bench"},
 	{8, "patchbay/cmd/patchbay"},

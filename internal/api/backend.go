@@ -1,0 +1,57 @@
+package api
+
+import (
+	"context"
+	"io"
+)
+
+// Backend is the node, as a Server sees it. Its methods are safe for concurrent use; an error that is no *Error is CodeInternal. What changes something is
+// on disk when it returns.
+type Backend interface {
+	Info() Info
+	Networks() []Network
+	Network(name string) (Network, error)
+	CreateNetwork(ctx context.Context, spec NetworkSpec) (Network, error)
+	// RemoveNetwork refuses one with attachments (CodeConflict).
+	RemoveNetwork(ctx context.Context, name string) error
+
+	// Attachments are those of one network, or of all with "", by network and name.
+	Attachments(network string) ([]Attachment, error)
+	Attachment(network, name string) (Attachment, error)
+	// Attach reserves name, addresses and published ports. The caller ends with Plug or Abort.
+	Attach(ctx context.Context, network string, spec AttachmentSpec, peer Peer) (Attaching, error)
+	// Resume is Attach for a client that comes back after a restart of the node.
+	Resume(ctx context.Context, network, name string, peer Peer) (Attaching, error)
+	// AttachStream makes an attachment of LifetimeStream.
+	AttachStream(ctx context.Context, network string, spec AttachmentSpec) (Attachment, error)
+	Detach(ctx context.Context, network, name string) error
+
+	Publishes() []Publish
+	AddPublish(ctx context.Context, network, attachment string, spec PublishSpec) (Publish, error)
+	RemovePublish(ctx context.Context, id string) error
+
+	FDB(network string) ([]FDBEntry, error)
+	// Drops are those of one network, or of all with "".
+	Drops(network string) ([]DropCount, error)
+	// Capture prepares a capture, so that a bad filter is an error before the answer begins; run blocks until ctx or w ends.
+	Capture(network string, spec CaptureSpec) (run func(ctx context.Context, w io.Writer) error, err error)
+}
+
+// Peer is the process at the other end of the socket, as the kernel says.
+type Peer struct {
+	PID int
+	UID int
+}
+
+// Attaching is an attachment on its way up.
+type Attaching interface {
+	Plan() Plan
+	// Plug connects the device. It takes over d.FDs, on error too. On error nothing of the attachment is left.
+	Plug(ctx context.Context, d Device) (Attachment, error)
+	// Abort undoes the reservation. After a Plug that succeeded it does nothing.
+	Abort()
+	// Detached is closed when the attachment was taken away after Plug.
+	Detached() <-chan struct{}
+	// Leave says that the session has ended: an attachment of LifetimeSession goes with it, another stays.
+	Leave()
+}
