@@ -27,7 +27,9 @@ func twoContainers(ctx context.Context) error {
 	}
 	defer r.Close()
 	far, err := network.Start(ctx, node.ContainerConfig{
-		Name: "server", Process: edge.Spec{Argv: role(roleServe, ":"+loadPort), Env: os.Environ(), Dir: "/"}, Stdio: edge.Stdio{Out: w, Err: os.Stderr},
+		AttachConfig: node.AttachConfig{Name: "server"},
+		Process:      edge.Spec{Argv: role(roleServe, ":"+loadPort), Env: os.Environ(), Dir: "/"},
+		Stdio:        edge.Stdio{Out: w, Err: os.Stderr},
 	})
 	w.Close()
 	if err != nil {
@@ -45,8 +47,9 @@ func twoContainers(ctx context.Context) error {
 		return err
 	}
 	near, err := network.Start(ctx, node.ContainerConfig{
-		Name: "client", Process: edge.Spec{Argv: role(roleAgent, string(spec)), Env: os.Environ(), Dir: "/"},
-		Stdio: edge.Stdio{In: os.Stdin, Out: os.Stdout, Err: os.Stderr},
+		AttachConfig: node.AttachConfig{Name: "client"},
+		Process:      edge.Spec{Argv: role(roleAgent, string(spec)), Env: os.Environ(), Dir: "/"},
+		Stdio:        edge.Stdio{In: os.Stdin, Out: os.Stdout, Err: os.Stderr},
 	})
 	if err != nil {
 		return err

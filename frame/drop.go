@@ -30,6 +30,7 @@ const (
 	DropPolicyLoopback             // destination is the host's loopback, which is not allowed here
 	DropPolicyMetadata             // destination is link-local (cloud metadata), which is not allowed here
 	DropPolicyAddress              // destination cannot be reached through NAT: multicast, broadcast, unspecified
+	DropPolicyInternal             // the network is internal: it has no way out
 	DropFlowLimit                  // flow table is full
 	DropDialLimit                  // too many half-open connections, of this container or in all
 	DropNoFlow                     // answer that belongs to no flow
@@ -71,6 +72,7 @@ var dropText = [NumDrops][2]string{
 	DropPolicyLoopback: {"policy-loopback", "the host's loopback is closed to containers; --host-loopback opens it"},
 	DropPolicyMetadata: {"policy-metadata", "link-local destinations such as 169.254.169.254 are closed to containers"},
 	DropPolicyAddress:  {"policy-address", "the destination cannot be reached through NAT"},
+	DropPolicyInternal: {"policy-internal", "the network is internal: it has no way out"},
 	DropFlowLimit:      {"flow-limit", "the table of flows is full"},
 	DropDialLimit:      {"dial-limit", "too many connections are still waiting for an answer"},
 	DropNoFlow:         {"no-flow", "an answer that belongs to no flow"},

@@ -20,6 +20,8 @@ type Config struct {
 	Network stack.Network
 	// Subnets are the network's own prefixes, which are never reached through NAT.
 	Subnets []netip.Prefix
+	// Internal refuses every destination: the network has no way out.
+	Internal bool
 	// HostLoopback lets containers reach the host's 127.0.0.1 and ::1 as Network.HostAlias. Default: refused.
 	HostLoopback bool
 	// AllowLinkLocal lets containers reach 169.254.0.0/16 and the clouds' other metadata addresses. Default: refused.
@@ -168,7 +170,7 @@ func New(cfg Config) (*NAT, error) {
 			"remedy", "raise the hard limit of open files (ulimit -Hn, LimitNOFILE=)")
 	}
 	n.hosts = newHostAddrs(n.now)
-	n.policy = &policy{network: n.net, subnets: cfg.Subnets, hostLoopback: cfg.HostLoopback, allowLinkLocal: cfg.AllowLinkLocal, hosts: n.hosts}
+	n.policy = &policy{network: n.net, internal: cfg.Internal, subnets: cfg.Subnets, hostLoopback: cfg.HostLoopback, allowLinkLocal: cfg.AllowLinkLocal, hosts: n.hosts}
 	var err error
 	if n.streams, err = newPoller(); err != nil {
 		return nil, err

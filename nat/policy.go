@@ -24,6 +24,7 @@ type verdict struct {
 type policy struct {
 	network        stack.Network
 	subnets        []netip.Prefix // the container network's own
+	internal       bool
 	hostLoopback   bool
 	allowLinkLocal bool
 	hosts          *hostAddrs
@@ -34,6 +35,7 @@ var (
 	denyMetadata  = verdict{drop: frame.DropPolicyMetadata, why: stack.UnreachProhibited}
 	denyAddress   = verdict{drop: frame.DropPolicyAddress, why: stack.UnreachProhibited}
 	denyOwnSubnet = verdict{drop: frame.DropPolicyAddress, why: stack.UnreachHost}
+	denyInternal  = verdict{drop: frame.DropPolicyInternal, why: stack.UnreachNet}
 	denyGateway   = verdict{drop: frame.DropNotForGateway, why: stack.UnreachPort, refuse: true}
 )
 
@@ -67,6 +69,9 @@ var metadata = [...]netip.Prefix{
 func (p *policy) check(dst netip.Addr) verdict {
 	if !dst.IsValid() || dst.Zone() != "" {
 		return denyAddress
+	}
+	if p.internal {
+		return denyInternal
 	}
 	if dst.Is4() {
 		return p.check4(dst)

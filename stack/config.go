@@ -45,6 +45,8 @@ type Config struct {
 type RAConfig struct {
 	// Off silences router advertisements.
 	Off bool
+	// NoRouter advertises prefix and resolvers, but not the gateway as a default router: the network has no way out.
+	NoRouter bool
 	// Prefix is announced as on-link and fit for autoconfiguration (the latter when it is a /64). Default: the subnet of the
 	// gateway's IPv6 address.
 	Prefix netip.Prefix

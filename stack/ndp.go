@@ -174,8 +174,10 @@ func (g *Gateway) buildRA() ([]byte, error) {
 	c := &g.cfg.RA
 	life := uint32(c.Lifetime.Seconds())
 	b := make([]byte, 16, 256)
-	b[0], b[4] = ndRouterAdvert, 64                            // current hop limit
-	binary.BigEndian.PutUint16(b[6:], uint16(min(life, 9000))) // router lifetime; RFC 4861 §6.2.1 allows no more
+	b[0], b[4] = ndRouterAdvert, 64 // current hop limit
+	if !c.NoRouter {
+		binary.BigEndian.PutUint16(b[6:], uint16(min(life, 9000))) // router lifetime; RFC 4861 §6.2.1 allows no more
+	}
 	b = append(b, ndSourceLink, 1)
 	b = append(b, g.mac[:]...)
 	b = append(b, ndMTU, 1, 0, 0)

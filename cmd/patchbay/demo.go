@@ -167,9 +167,9 @@ func demoPublish(port int) (nat.Spec, error) {
 
 func startDemo(ctx context.Context, network *node.Network, name string, stdio edge.Stdio, publish []nat.Spec, args ...string) (*node.Container, error) {
 	cfg := node.ContainerConfig{
-		Name: name, Publish: publish, Device: tap.KindAuto,
-		Process: edge.Spec{Net: edge.NetPrivate, PID: true, Argv: append([]string{"/proc/self/exe", "demo"}, args...), Env: os.Environ(), Dir: "/"},
-		Stdio:   stdio,
+		AttachConfig: node.AttachConfig{Name: name, Publish: publish, Device: tap.KindAuto},
+		Process:      edge.Spec{Net: edge.NetPrivate, PID: true, Argv: append([]string{"/proc/self/exe", "demo"}, args...), Env: os.Environ(), Dir: "/"},
+		Stdio:        stdio,
 	}
 	container, err := network.Start(ctx, cfg)
 	if err != nil {

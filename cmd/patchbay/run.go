@@ -229,7 +229,9 @@ func parseResolver(s string) (netip.AddrPort, error) {
 
 func containerConfig(c *cli.Context, spec edge.Spec, stdio edge.Stdio) (node.ContainerConfig, error) {
 	cfg := node.ContainerConfig{
-		Name: c.String("name"), Hostname: spec.Hostname, Queues: c.Int("queues"), ForcePlain: c.Bool("plain-tap"), Process: spec, Stdio: stdio,
+		AttachConfig:   node.AttachConfig{Name: c.String("name"), Hostname: spec.Hostname, Queues: c.Int("queues"), ForcePlain: c.Bool("plain-tap")},
+		Process:        spec,
+		Stdio:          stdio,
 		ForwardSignals: true,
 	}
 	if err := cfg.Device.UnmarshalText([]byte(c.String("device"))); err != nil {

@@ -199,7 +199,9 @@ func (s *Server) reply(m *dhcpv4.DHCPv4, t dhcpv4.MessageType, l Lease) {
 // options is what every client is told, asked for or not: clients pass over what they do not need.
 func (s *Server) options(r *dhcpv4.DHCPv4, l Lease) {
 	r.UpdateOption(dhcpv4.OptSubnetMask(net.CIDRMask(s.c.Prefix.Bits(), 32)))
-	r.UpdateOption(dhcpv4.OptRouter(s.c.Router.AsSlice()))
+	if !s.c.NoRouter {
+		r.UpdateOption(dhcpv4.OptRouter(s.c.Router.AsSlice()))
+	}
 	ips := make([]net.IP, len(s.c.DNS))
 	for i, a := range s.c.DNS {
 		ips[i] = a.AsSlice()

@@ -41,11 +41,13 @@ type Config struct {
 	Prefix  netip.Prefix // the network's subnet
 	Leaser  Leaser
 
-	Router netip.Addr   // default Addr
-	DNS    []netip.Addr // IPv4; default Addr
-	Domain string       // the client's own domain; default none
-	Search []string     // where it looks for short names; default Domain
-	MTU    int          // bytes of IP packet; default 1500
+	Router netip.Addr // default Addr
+	// NoRouter tells clients of no router: the network has no way out.
+	NoRouter bool
+	DNS      []netip.Addr // IPv4; default Addr
+	Domain   string       // the client's own domain; default none
+	Search   []string     // where it looks for short names; default Domain
+	MTU      int          // bytes of IP packet; default 1500
 
 	LeaseTime time.Duration // default 1 h
 	OfferTime time.Duration // how long an offered address is kept, LeaseTime at most; default 1 min

@@ -26,6 +26,8 @@ type Network interface {
 type Config struct {
 	Network Network
 
+	// Local answers about the network's own names alone; any other question is refused. For networks that have no way out.
+	Local bool
 	// Upstreams are asked instead of the host's resolvers; port 0 means 53. Default: what ResolvConf lists.
 	Upstreams []netip.AddrPort
 	// ResolvConf is the host's file. Default /etc/resolv.conf.
@@ -188,6 +190,9 @@ func (s *Server) judge(b []byte) verdict {
 		m = reply(q, dns.RcodeBadVers)
 	default:
 		m = s.zone.Load().answer(q, s.c.TTL, s.turn.Add(1))
+		if m == nil && s.c.Local {
+			m = reply(q, dns.RcodeRefused)
+		}
 	}
 	if m == nil {
 		return verdict{q: q, limit: q}

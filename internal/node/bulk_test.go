@@ -56,7 +56,7 @@ func TestBulkWithFaults(t *testing.T) {
 	n := newNet(t, NetworkConfig{})
 	f := &faults{Faults: testbed.Faults{Loss: 0.01, Dup: 0.01, Reorder: 0.01, Seed: 1}}
 	n.line = f
-	b := newBox(t, n, ContainerConfig{Name: "box", Publish: specs(t, "8007:7")})
+	b := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "box", Publish: specs(t, "8007:7")}})
 	t.Cleanup(f.close)
 	b.do(ask{Listen: ":7"})
 	size := bulk()
@@ -97,17 +97,17 @@ func TestKindsOfTAP(t *testing.T) {
 		cfg  ContainerConfig
 		loop bool
 	}{
-		{"plain", ContainerConfig{ForcePlain: true}, false},
-		{"queues", ContainerConfig{Queues: 4}, false},
-		{"packet", ContainerConfig{Device: tap.KindPacket}, false},
+		{"plain", ContainerConfig{AttachConfig: AttachConfig{ForcePlain: true}}, false},
+		{"queues", ContainerConfig{AttachConfig: AttachConfig{Queues: 4}}, false},
+		{"packet", ContainerConfig{AttachConfig: AttachConfig{Device: tap.KindPacket}}, false},
 		{"shared loop", ContainerConfig{}, true},
-		{"shared loop, queues", ContainerConfig{Queues: 2}, true},
+		{"shared loop, queues", ContainerConfig{AttachConfig: AttachConfig{Queues: 2}}, true},
 	} {
 		t.Run(k.name, func(t *testing.T) {
 			n := newNet(t, NetworkConfig{SharedLoop: k.loop})
 			k.cfg.Name, k.cfg.Publish = "box", specs(t, "8000:7000", "8000:7000/udp")
 			b := newBox(t, n, k.cfg)
-			peer := newBox(t, n, ContainerConfig{Name: "peer"})
+			peer := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "peer"}})
 			peer.do(ask{Listen: ":7"})
 			st := n.Status()
 			if plain := st.Containers[0].Caps == 0; plain != k.cfg.ForcePlain {

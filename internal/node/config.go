@@ -1,13 +1,16 @@
 package node
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"strings"
+	"time"
 
 	"patchbay/internal/edge"
 	"patchbay/internal/wire"
+	"patchbay/ipam"
 	"patchbay/nat"
 	"patchbay/tap"
 )
@@ -18,6 +21,20 @@ type NetworkConfig struct {
 	Name string
 	// Subnets are at most one IPv4 and one IPv6 prefix. Default: one of each that no route of the host clashes with.
 	Subnets []netip.Prefix
+	// Taken are prefixes that a default must not overlap: those of the process's other networks.
+	Taken []netip.Prefix
+	// Restored says that the network was here before: its Subnets are not held against the host's routes again, which may have changed since.
+	Restored bool
+	// Gateways are the gateway's addresses, each in one of Subnets. Default: the first of each.
+	Gateways []netip.Addr
+	// GatewayMAC is the gateway's. Default: a random one.
+	GatewayMAC wire.MAC
+	// Internal networks have no NAT and no published ports; the gateway serves names and DHCP alone, and the resolver forwards nothing.
+	Internal bool
+	// Isolate lets attachments reach the gateway alone.
+	Isolate bool
+	// Leases is where addresses are kept. Default: in memory.
+	Leases ipam.Store
 	// MTU in bytes of IP packet: 576 (IPv4 alone) or 1280 (both) to 65521, which is the most a TAP takes. Below 1280 the default subnets are IPv4 alone. Default 1500.
 	MTU int
 	// HostLoopback lets containers reach the host's loopback as host.patchbay.internal.
@@ -37,16 +54,22 @@ type NetworkConfig struct {
 	Logger *slog.Logger
 }
 
-// ContainerConfig describes one container. The zero value of a field is its documented default.
-type ContainerConfig struct {
+// AttachConfig asks for a membership in a network. The zero value of a field is its documented default.
+type AttachConfig struct {
 	// Name is a DNS label, unique on the network. Default: one is made up from the first free number.
 	Name string
+	// Aliases are further DNS labels it is found by; others may have them too.
+	Aliases []string
 	// Hostname inside. Default: Name.
 	Hostname string
+	// IfName is the interface inside.
+	IfName string
 	// Addrs asks for addresses, at most one of each IP version. Default: the pool's next.
 	Addrs []netip.Addr
 	// MAC of the interface. Default: made from its first address, so that a new holder of the address is reached at once.
 	MAC wire.MAC
+	// LateMAC leaves the MAC open until PlugServing says it: for virtual machines, which bring their own.
+	LateMAC bool
 	// Publish are port specifications as nat.ParseSpec reads them.
 	Publish []nat.Spec
 	// Queues of the TAP. Default 1.
@@ -55,6 +78,19 @@ type ContainerConfig struct {
 	Device tap.Kind
 	// ForcePlain opens the TAP without a virtio header, as a sandbox that refuses it would.
 	ForcePlain bool
+	// Rate, StormLimit and MACLimit are as in vswitch.PortConfig. Default: none.
+	Rate       int64
+	StormLimit int
+	MACLimit   int
+	// Trust leaves the source addresses of its frames unchecked.
+	Trust bool
+	// Created is when it was first made. Default: now.
+	Created time.Time
+}
+
+// ContainerConfig describes one container. The zero value of a field is its documented default.
+type ContainerConfig struct {
+	AttachConfig
 	// Process is what to run, and how. Its Interfaces, ResolvConf, Hosts and Hostname are filled in here.
 	Process edge.Spec
 	// ForwardSignals passes the signals sent to this process on to the command. At most one container of a process can have it.
@@ -62,6 +98,9 @@ type ContainerConfig struct {
 	// Stdio are the command's standard streams.
 	Stdio edge.Stdio
 }
+
+// ErrTaken is in the chain when a name is another attachment's.
+var ErrTaken = errors.New("two attachments cannot share it")
 
 // CheckName says whether s can name a network or a container: a DNS label (RFC 1123 §2.1), since that is how others find it.
 func CheckName(s string) error {

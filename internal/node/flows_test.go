@@ -79,7 +79,7 @@ func TestManyFlowsAndBack(t *testing.T) {
 	testbed.Leaks(t)
 	_, addr := outsideLoad(t)
 	n := newNet(t, NetworkConfig{})
-	b := newBox(t, n, ContainerConfig{Name: "box"})
+	b := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "box"}})
 	shortConnections(b)
 	// What grows once and for all is grown: buffers, tables, the switch's scratch.
 	b.do(ask{Flows: &flows{Addr: addr, Open: 100, Rounds: 2, Size: 20000, Close: true}})
@@ -115,7 +115,7 @@ func TestShortConnections(t *testing.T) {
 	testbed.Leaks(t)
 	_, addr := outsideLoad(t)
 	n := newNet(t, NetworkConfig{})
-	b := newBox(t, n, ContainerConfig{Name: "box"})
+	b := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "box"}})
 	shortConnections(b)
 	many, greeted := 60000, 10000
 	if testing.Short() {
@@ -141,7 +141,7 @@ func TestBlackHoleStallsNobodyElse(t *testing.T) {
 	testbed.AddRoute(t, testbed.Host(t), netip.PrefixFrom(gone, 32), ext.Addr4) // ext forwards nothing
 	const limit = 1000
 	n := newNet(t, NetworkConfig{Limits: nat.Limits{HalfOpen: 4000, HalfOpenPerContainer: limit}})
-	a, b := newBox(t, n, ContainerConfig{Name: "a"}), newBox(t, n, ContainerConfig{Name: "b"})
+	a, b := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "a"}}), newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "b"}})
 	shortConnections(b)
 	count := 3000
 	if testing.Short() {

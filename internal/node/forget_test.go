@@ -16,7 +16,7 @@ func TestNothingOutlivesItsContainer(t *testing.T) {
 	testbed.RequirePing(t)
 	ext, addr := outsideLoad(t)
 	n := newNet(t, NetworkConfig{})
-	b := newBox(t, n, ContainerConfig{Name: "b", Publish: specs(t, "127.0.0.1:8081:81/udp")})
+	b := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "b", Publish: specs(t, "127.0.0.1:8081:81/udp")}})
 	s, err := probe.Serve(t.Context(), ext, netip.AddrPortFrom(ext.Addr4, 9).String(), netip.AddrPortFrom(ext.Addr6, 9).String())
 	if err != nil {
 		t.Fatal(err)

@@ -45,8 +45,8 @@ func TestContainersTalk(t *testing.T) {
 		t.Run(fmt.Sprint(mtu), func(t *testing.T) {
 			testbed.Leaks(t)
 			n := newNet(t, NetworkConfig{MTU: mtu})
-			a, b := newBox(t, n, ContainerConfig{Name: "a"}), newBox(t, n, ContainerConfig{Name: "b"})
-			c := newBox(t, n, ContainerConfig{Name: "c"})
+			a, b := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "a"}}), newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "b"}})
+			c := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "c"}})
 			b.do(ask{Listen: ":7"})
 			a.reach(probe.Attempt{Net: "ping", Addr: b.addrs[0].String()}, probe.Attempt{Net: "ping", Addr: b.addrs[1].String()})
 			if out := a.run("ip", "-6", "neigh", "show", "to", b.addrs[1].String()); !strings.Contains(out, b.mac.String()) {
@@ -95,7 +95,7 @@ func TestContainersTalk(t *testing.T) {
 func TestDHCP(t *testing.T) {
 	testbed.Leaks(t)
 	n := newNet(t, NetworkConfig{Name: "lan", Subnets: []netip.Prefix{netip.MustParsePrefix("10.77.0.0/24"), netip.MustParsePrefix("fd77::/64")}})
-	a := newBox(t, n, ContainerConfig{Name: "a", Addrs: []netip.Addr{netip.MustParseAddr("10.77.0.9")}})
+	a := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "a", Addrs: []netip.Addr{netip.MustParseAddr("10.77.0.9")}}})
 	script := filepath.Join(t.TempDir(), "script")
 	if err := os.WriteFile(script, []byte("#!/bin/sh\n[ $1 = bound ] && env | sort\nexit 0\n"), 0o755); err != nil {
 		t.Fatal(err)

@@ -38,8 +38,8 @@ func empty(t *testing.T, n *Network, ports int) {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if len(n.containers) != 0 {
-		t.Errorf("names left: %v", n.containers)
+	if len(n.attachments) != 0 {
+		t.Errorf("names left: %v", n.attachments)
 	}
 }
 
@@ -76,12 +76,9 @@ func bindable(t *testing.T, port int) bool {
 func TestContainerGone(t *testing.T) {
 	testbed.Leaks(t)
 	n := newNet(t, NetworkConfig{Subnets: subnets()})
-	watcher := newBox(t, n, ContainerConfig{Name: "watcher"})
+	watcher := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "watcher"}})
 	start := func() *box {
-		return newBox(t, n, ContainerConfig{
-			Name: "web", Addrs: []netip.Addr{netip.MustParseAddr("10.77.0.9"), netip.MustParseAddr("fd77::9")},
-			Publish: specs(t, "8080:80", "8081-8084:81-84/udp", "127.0.0.1:8085:85"),
-		})
+		return newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "web", Addrs: []netip.Addr{netip.MustParseAddr("10.77.0.9"), netip.MustParseAddr("fd77::9")}, Publish: specs(t, "8080:80", "8081-8084:81-84/udp", "127.0.0.1:8085:85")}})
 	}
 	reachable := func(want bool) {
 		t.Helper()
@@ -131,7 +128,7 @@ func TestCloseWithContainers(t *testing.T) {
 	defer n.Close()
 	var boxes []*box
 	for i := range 4 {
-		b := newBox(t, n, ContainerConfig{Publish: specs(t, fmt.Sprintf("%d:80", 8080+i))})
+		b := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Publish: specs(t, fmt.Sprintf("%d:80", 8080+i))}})
 		b.do(ask{Flows: &flows{Addr: addr, Open: 20, Rounds: 1, Size: 100}})
 		boxes = append(boxes, b)
 	}
@@ -215,7 +212,7 @@ func TestStartStop(t *testing.T) {
 	testbed.Leaks(t)
 	n := newNet(t, NetworkConfig{Subnets: subnets()})
 	one := func() {
-		c, err := n.Start(t.Context(), ContainerConfig{Name: "web", Publish: specs(t, "8080:80"), Process: edge.Spec{Argv: []string{"true"}}})
+		c, err := n.Start(t.Context(), ContainerConfig{AttachConfig: AttachConfig{Name: "web", Publish: specs(t, "8080:80")}, Process: edge.Spec{Argv: []string{"true"}}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -253,9 +250,7 @@ func TestStartFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	n := newNet(t, NetworkConfig{Subnets: subnets()})
-	first := newBox(t, n, ContainerConfig{
-		Name: "first", Addrs: []netip.Addr{netip.MustParseAddr("10.77.0.9")}, Publish: specs(t, "8080:80", "8081:81/udp"),
-	})
+	first := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "first", Addrs: []netip.Addr{netip.MustParseAddr("10.77.0.9")}, Publish: specs(t, "8080:80", "8081:81/udp")}})
 	ok := edge.Spec{Argv: []string{"true"}}
 	addr := func(s string) []netip.Addr { return []netip.Addr{netip.MustParseAddr(s)} }
 	cases := []struct {
@@ -264,23 +259,23 @@ func TestStartFails(t *testing.T) {
 		says   []string
 		status int
 	}{
-		{"name taken", ContainerConfig{Name: "First", Process: ok}, []string{"first", "taken"}, 0},
-		{"not a name", ContainerConfig{Name: "a.b", Process: ok}, []string{`"a.b"`}, 0},
-		{"address taken", ContainerConfig{Name: "x", Addrs: addr("10.77.0.9"), Process: ok}, []string{"10.77.0.9", "first"}, 0},
-		{"gateway's address", ContainerConfig{Name: "x", Addrs: addr("10.77.0.1"), Process: ok}, []string{"10.77.0.1", "gateway"}, 0},
-		{"address elsewhere", ContainerConfig{Name: "x", Addrs: addr("10.78.0.9"), Process: ok}, []string{"10.78.0.9"}, 0},
-		{"IPv6 address elsewhere, after IPv4 is leased", ContainerConfig{Name: "x", Addrs: addr("fd78::9"), Process: ok}, []string{"fd78::9"}, 0},
-		{"port published by another", ContainerConfig{Name: "x", Publish: specs(t, "8082:82", "8080:80"), Process: ok}, []string{"8080"}, 0},
-		{"UDP port published by another", ContainerConfig{Name: "x", Publish: specs(t, "8082:82", "8081:80/udp"), Process: ok}, []string{"8081"}, 0},
-		{"port of another program in a range", ContainerConfig{Name: "x", Publish: specs(t, "8082:82", "8095-8099:95-99"), Process: ok}, []string{"8099"}, 0},
-		{"MAC taken", ContainerConfig{Name: "x", MAC: first.mac, Process: ok}, []string{first.mac.String()}, 0},
-		{"group MAC", ContainerConfig{Name: "x", MAC: [6]byte{1, 2, 3, 4, 5, 6}, Process: ok}, []string{"01:02:03:04:05:06"}, 0},
-		{"too many queues", ContainerConfig{Name: "x", Queues: 1000, Process: ok}, []string{"queues"}, edge.StatusFailed},
-		{"no command", ContainerConfig{Name: "x"}, []string{"command"}, edge.StatusFailed},
-		{"command not found", ContainerConfig{Name: "x", Publish: specs(t, "8082:82"), Process: edge.Spec{Argv: []string{"no-such-command"}}}, []string{"no-such-command"}, edge.StatusNotFound},
-		{"command not executable", ContainerConfig{Name: "x", Publish: specs(t, "8082:82/udp"), Process: edge.Spec{Argv: []string{notExec}}}, []string{notExec}, edge.StatusNotExecutable},
-		{"no such directory", ContainerConfig{Name: "x", Process: edge.Spec{Argv: []string{"true"}, Dir: "/no/such"}}, []string{"/no/such"}, 0},
-		{"long host name", ContainerConfig{Name: "x", Hostname: strings.Repeat("h", 65), Process: ok}, []string{"hhh"}, edge.StatusFailed},
+		{"name taken", ContainerConfig{AttachConfig: AttachConfig{Name: "First"}, Process: ok}, []string{"first", "taken"}, 0},
+		{"not a name", ContainerConfig{AttachConfig: AttachConfig{Name: "a.b"}, Process: ok}, []string{`"a.b"`}, 0},
+		{"address taken", ContainerConfig{AttachConfig: AttachConfig{Name: "x", Addrs: addr("10.77.0.9")}, Process: ok}, []string{"10.77.0.9", "first"}, 0},
+		{"gateway's address", ContainerConfig{AttachConfig: AttachConfig{Name: "x", Addrs: addr("10.77.0.1")}, Process: ok}, []string{"10.77.0.1", "gateway"}, 0},
+		{"address elsewhere", ContainerConfig{AttachConfig: AttachConfig{Name: "x", Addrs: addr("10.78.0.9")}, Process: ok}, []string{"10.78.0.9"}, 0},
+		{"IPv6 address elsewhere, after IPv4 is leased", ContainerConfig{AttachConfig: AttachConfig{Name: "x", Addrs: addr("fd78::9")}, Process: ok}, []string{"fd78::9"}, 0},
+		{"port published by another", ContainerConfig{AttachConfig: AttachConfig{Name: "x", Publish: specs(t, "8082:82", "8080:80")}, Process: ok}, []string{"8080"}, 0},
+		{"UDP port published by another", ContainerConfig{AttachConfig: AttachConfig{Name: "x", Publish: specs(t, "8082:82", "8081:80/udp")}, Process: ok}, []string{"8081"}, 0},
+		{"port of another program in a range", ContainerConfig{AttachConfig: AttachConfig{Name: "x", Publish: specs(t, "8082:82", "8095-8099:95-99")}, Process: ok}, []string{"8099"}, 0},
+		{"MAC taken", ContainerConfig{AttachConfig: AttachConfig{Name: "x", MAC: first.mac}, Process: ok}, []string{first.mac.String()}, 0},
+		{"group MAC", ContainerConfig{AttachConfig: AttachConfig{Name: "x", MAC: [6]byte{1, 2, 3, 4, 5, 6}}, Process: ok}, []string{"01:02:03:04:05:06"}, 0},
+		{"too many queues", ContainerConfig{AttachConfig: AttachConfig{Name: "x", Queues: 1000}, Process: ok}, []string{"queues"}, edge.StatusFailed},
+		{"no command", ContainerConfig{AttachConfig: AttachConfig{Name: "x"}}, []string{"command"}, edge.StatusFailed},
+		{"command not found", ContainerConfig{AttachConfig: AttachConfig{Name: "x", Publish: specs(t, "8082:82")}, Process: edge.Spec{Argv: []string{"no-such-command"}}}, []string{"no-such-command"}, edge.StatusNotFound},
+		{"command not executable", ContainerConfig{AttachConfig: AttachConfig{Name: "x", Publish: specs(t, "8082:82/udp")}, Process: edge.Spec{Argv: []string{notExec}}}, []string{notExec}, edge.StatusNotExecutable},
+		{"no such directory", ContainerConfig{AttachConfig: AttachConfig{Name: "x"}, Process: edge.Spec{Argv: []string{"true"}, Dir: "/no/such"}}, []string{"/no/such"}, 0},
+		{"long host name", ContainerConfig{AttachConfig: AttachConfig{Name: "x", Hostname: strings.Repeat("h", 65)}, Process: ok}, []string{"hhh"}, edge.StatusFailed},
 	}
 	try := func(i int) {
 		c := cases[i]
@@ -374,7 +369,7 @@ func TestOneIPVersion(t *testing.T) {
 	ext, _ := outsideLoad(t)
 	for _, p := range subnets() {
 		n := newNet(t, NetworkConfig{Subnets: []netip.Prefix{p}})
-		b, c := newBox(t, n, ContainerConfig{Name: "b"}), newBox(t, n, ContainerConfig{Name: "c"})
+		b, c := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "b"}}), newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "c"}})
 		out := ext.Addr4
 		if p.Addr().Is6() {
 			out = ext.Addr6
@@ -391,7 +386,7 @@ func TestFlowsGoWithTheirContainer(t *testing.T) {
 	testbed.Leaks(t)
 	_, addr := outsideLoad(t)
 	n := newNet(t, NetworkConfig{})
-	b := newBox(t, n, ContainerConfig{Name: "b"})
+	b := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "b"}})
 	b.do(ask{Flows: &flows{Addr: addr, Open: 50, Rounds: 1, Size: 100}})
 	if f := n.Status().NAT.TCPFlows; f != 50 {
 		t.Errorf("%d flows, want 50", f)

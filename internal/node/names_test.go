@@ -63,7 +63,7 @@ func TestNames(t *testing.T) {
 	resolver(t, "127.0.0.54", "second")
 	file := testbed.BindFile(t, "/etc/resolv.conf", "nameserver 127.0.0.53\nsearch corp.example\n")
 	n := newNet(t, NetworkConfig{Name: "lan", HostLoopback: true})
-	a, b := newBox(t, n, ContainerConfig{Name: "Alpha"}), newBox(t, n, ContainerConfig{Name: "beta"})
+	a, b := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "Alpha"}}), newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "beta"}})
 	b.do(ask{Probe: []string{":7"}})
 	l, err := probe.Serve(t.Context(), nil, "127.0.0.1:7007", "[::1]:7007")
 	if err != nil {
@@ -137,7 +137,7 @@ func TestNames(t *testing.T) {
 		{fmt.Sprintf("-x %s", gone), "status: NXDOMAIN"},
 	})
 	// Another one may have the name, and is found at once.
-	b2 := newBox(t, n, ContainerConfig{Name: "beta"})
+	b2 := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "beta"}})
 	if slices.Equal(b2.addrs, b.addrs) {
 		t.Log("the new container got the old one's addresses")
 	}

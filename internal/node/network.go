@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"patchbay/frame"
@@ -52,18 +53,20 @@ type Network struct {
 	abort    context.CancelFunc // ends them
 	aborted  context.Context
 
-	mu         sync.Mutex
-	closed     bool
-	serial     int // numbers the containers that were given no name
-	containers map[string]*Container
+	mu          sync.Mutex
+	closed      bool
+	serial      int // numbers the attachments that were given no name
+	attachments map[string]*Attachment
+	containers  map[*Container]struct{}
+	gone        *frame.DropCounters // of devices that are no more
 
 	line line // nil but in tests
 
 	stopNAT context.CancelFunc
 	natDone chan error
 
-	closing  sync.Once
-	closeErr error
+	closeOnce sync.Once
+	closeErr  error
 }
 
 // line is put between a container's device and the switch, each way, by tests that inject faults.
@@ -87,7 +90,10 @@ func NewNetwork(ctx context.Context, cfg NetworkConfig) (_ *Network, err error) 
 	if cfg.MTU == 0 {
 		cfg.MTU = DefaultMTU
 	}
-	n := &Network{cfg: cfg, log: cfg.Logger, containers: make(map[string]*Container), drops: new(frame.DropCounters)}
+	n := &Network{
+		cfg: cfg, log: cfg.Logger,
+		attachments: make(map[string]*Attachment), containers: make(map[*Container]struct{}), drops: new(frame.DropCounters), gone: new(frame.DropCounters),
+	}
 	n.aborted, n.abort = context.WithCancel(context.Background())
 	if n.log == nil {
 		n.log = slog.New(slog.DiscardHandler)
@@ -130,40 +136,55 @@ func (n *Network) openPools(ctx context.Context) error {
 				return fmt.Errorf("subnets %s and %s are of the same IP version; a network has at most one of each", q, p)
 			}
 		}
+		if n.cfg.Restored {
+			continue
+		}
 		if err := host.CheckSubnet(p); err != nil {
 			return err
 		}
 	}
 	if len(n.subnets) == 0 {
-		p4, err := host.ChooseSubnet()
+		p4, err := host.ChooseSubnet(n.cfg.Taken...)
 		if err != nil {
 			return err
 		}
 		n.subnets = append(n.subnets, p4)
 		if n.cfg.MTU >= 1280 {
-			p6, err := host.ChooseSubnet6(nil)
+			p6, err := host.ChooseSubnet6(nil, n.cfg.Taken...)
 			if err != nil {
 				return err
 			}
 			n.subnets = append(n.subnets, p6)
 		}
 	}
+	gateways := slices.Clone(n.cfg.Gateways)
 	for _, p := range n.subnets {
-		pool, err := ipam.NewPool(ctx, ipam.PoolConfig{Name: n.cfg.Name, Prefix: p})
+		pc := ipam.PoolConfig{Name: n.cfg.Name, Prefix: p, Store: n.cfg.Leases}
+		if i := slices.IndexFunc(gateways, p.Contains); i >= 0 {
+			pc.Gateway = gateways[i]
+			gateways = slices.Delete(gateways, i, i+1)
+		}
+		pool, err := ipam.NewPool(ctx, pc)
 		if err != nil {
 			return err
 		}
 		n.pools = append(n.pools, pool)
 		n.gwAddrs = append(n.gwAddrs, pool.Gateway())
 	}
+	if len(gateways) > 0 {
+		return fmt.Errorf("gateway %s is in no subnet (%s), or the second of its kind; choose one inside", gateways[0], joinPrefixes(n.subnets))
+	}
 	return nil
 }
 
 // openGateway makes the gateway and what lives behind it.
 func (n *Network) openGateway() error {
-	mac, err := randomMAC()
-	if err != nil {
-		return err
+	mac := n.cfg.GatewayMAC
+	if mac.IsZero() {
+		var err error
+		if mac, err = randomMAC(); err != nil {
+			return err
+		}
 	}
 	c := stack.Config{MAC: mac, MTU: n.cfg.MTU, Drops: n.drops, Logger: n.log, TCP: stack.TCPConfig{MaxMemory: n.cfg.TCPMemory}}
 	var aliases []netip.Addr
@@ -177,21 +198,23 @@ func (n *Network) openGateway() error {
 		}
 	}
 	c.HostAliases = aliases
+	c.RA.NoRouter = n.cfg.Internal
 	c.RA.DNSSL = []string{dns.SearchDomain(n.cfg.Name)}
 	var tcp lateTCP
 	var udp, icmp, names, leases latePackets
 	c.Handlers = stack.Handlers{TCP: &tcp, UDP: &udp, ICMP: &icmp, LocalUDP: map[uint16]stack.PacketHandler{53: &names, 67: &leases}}
+	var err error
 	if n.gw, err = stack.New(c); err != nil {
 		return err
 	}
 	n.nat, err = nat.New(nat.Config{
-		Network: n.gw, Subnets: n.subnets, HostLoopback: n.cfg.HostLoopback, AllowLinkLocal: n.cfg.AllowLinkLocal, Limits: n.cfg.Limits,
+		Network: n.gw, Subnets: n.subnets, Internal: n.cfg.Internal, HostLoopback: n.cfg.HostLoopback, AllowLinkLocal: n.cfg.AllowLinkLocal, Limits: n.cfg.Limits,
 		Drops: n.drops, Logger: n.log,
 	})
 	if err != nil {
 		return err
 	}
-	if n.dns, err = dns.New(dns.Config{Network: n.gw, Upstreams: n.cfg.DNS, Drops: n.drops, Logger: n.log}); err != nil {
+	if n.dns, err = dns.New(dns.Config{Network: n.gw, Local: n.cfg.Internal, Upstreams: n.cfg.DNS, Drops: n.drops, Logger: n.log}); err != nil {
 		return err
 	}
 	if err := n.openDHCP(&leases); err != nil {
@@ -211,7 +234,7 @@ func (n *Network) openDHCP(h *latePackets) (err error) {
 			continue
 		}
 		n.dhcp, err = dhcp.New(dhcp.Config{
-			Network: n.gw, Addr: p.Gateway(), Prefix: p.Prefix(), Leaser: &dhcp.PoolLeaser{Pool: p, Attachment: n.attachmentOf},
+			Network: n.gw, Addr: p.Gateway(), Prefix: p.Prefix(), NoRouter: n.cfg.Internal, Leaser: &dhcp.PoolLeaser{Pool: p, Attachment: n.attachmentOf},
 			Domain: dns.SearchDomain(n.cfg.Name), MTU: n.cfg.MTU, Drops: n.drops, Logger: n.log,
 		})
 		if err != nil {
@@ -232,9 +255,9 @@ func (ignored) HandlePackets([]stack.Packet) {}
 func (n *Network) attachmentOf(mac wire.MAC) string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for _, c := range n.containers {
-		if c.mac == mac {
-			return c.name
+	for _, a := range n.attachments {
+		if a.mac == mac {
+			return a.name
 		}
 	}
 	return ""
@@ -266,32 +289,43 @@ func (n *Network) publishZone() {
 			z.HostAlias = append(z.HostAlias, a)
 		}
 	}
-	for _, c := range n.containers {
-		if c.plugged {
-			z.Hosts = append(z.Hosts, dns.Host{Name: c.name, Addrs: c.addrs})
+	for _, a := range n.attachments {
+		if a.plugged {
+			z.Hosts = append(z.Hosts, dns.Host{Name: a.name, Aliases: a.cfg.Aliases, Addrs: a.addrs})
 		}
 	}
 	n.dns.SetZone(&z)
 }
 
-// Close ends every container, those that are being started too, and the network. Idempotent; it returns when nothing is left.
+// closing is why nothing more can be attached.
+func (n *Network) closing() error { return fmt.Errorf("network %q is being closed", n.cfg.Name) }
+
+// retire keeps the drops of a device that is no more, so that none is lost from the sums.
+func (n *Network) retire(d Device) {
+	d.Drops().Each(func(r frame.Drop, c uint64) { n.gone.Add(r, int(c)) })
+}
+
+// Close ends every container, those that are being started too, every other attachment, and the network. Idempotent; it returns when nothing is left.
 func (n *Network) Close() error {
 	n.mu.Lock()
 	n.closed = true
 	n.mu.Unlock()
 	n.abort()
 	n.starting.Wait() // a Container belongs to its Start alone until that returns
-	var left []*Container
+	var left []interface{ Close() error }
 	n.mu.Lock()
-	for _, c := range n.containers {
+	for c := range n.containers {
 		left = append(left, c)
+	}
+	for _, a := range n.attachments {
+		left = append(left, a) // those of containers are closed twice, which is no harm
 	}
 	n.mu.Unlock()
 	var errs []error
 	for _, c := range left {
 		errs = append(errs, c.Close())
 	}
-	n.closing.Do(func() { n.closeErr = errors.Join(append(errs, n.closeServices())...) })
+	n.closeOnce.Do(func() { n.closeErr = errors.Join(append(errs, n.closeServices())...) })
 	return n.closeErr
 }
 

@@ -1,8 +1,10 @@
 package node
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"patchbay/frame"
@@ -69,14 +71,15 @@ func (n *Network) Status() Status {
 	var drops [frame.NumDrops]uint64
 	count := func(d frame.Drop, c uint64) { drops[d] += c }
 	n.drops.Each(count)
-	n.mu.Lock()
-	for _, c := range n.containers {
-		if c.plugged {
-			st.Containers = append(st.Containers, ContainerStatus{Name: c.name, MAC: c.mac, Addrs: c.addrs, Caps: c.device.Caps(), Device: c.device.Info().Kind, Up: time.Since(c.started)})
-			c.device.Drops().Each(count)
+	n.gone.Each(count)
+	for _, a := range n.Attachments() {
+		a.mu.Lock()
+		if l := a.link; l != nil {
+			st.Containers = append(st.Containers, ContainerStatus{Name: a.name, MAC: a.mac, Addrs: a.addrs, Caps: l.device.Caps(), Device: l.info.Kind, Up: time.Since(l.since)})
+			l.device.Drops().Each(count)
 		}
+		a.mu.Unlock()
 	}
-	n.mu.Unlock()
 	slices.SortFunc(st.Containers, func(a, b ContainerStatus) int { return a.Addrs[0].Compare(b.Addrs[0]) })
 	n.switchStatus(&st, count)
 	for d, c := range drops {
@@ -104,4 +107,11 @@ func (n *Network) switchStatus(st *Status, count func(frame.Drop, uint64)) {
 	for _, e := range n.sw.FDB() {
 		st.FDB = append(st.FDB, FDBEntry{MAC: e.MAC, Port: names[e.Port], Age: e.Age, Static: e.Static})
 	}
+}
+
+// Attachments are those that are there now, plugged or not, by name.
+func (n *Network) Attachments() []*Attachment {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.SortedFunc(maps.Values(n.attachments), func(a, b *Attachment) int { return strings.Compare(a.name, b.name) })
 }
