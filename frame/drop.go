@@ -42,6 +42,11 @@ const (
 	DropReserved                   // 01:80:c2:00:00:0x, which IEEE 802.1D bridges never forward
 	DropTTL                        // time to live ran out at the gateway
 	DropMemory                     // the buffers of the gateway's TCP connections have reached their limit
+	DropUnderlay                   // the host has no way to the tunnel's peer
+	DropTunnelHeader               // tunnel header that is too short, lacks its mark, or has reserved bits set
+	DropUnknownVNI                 // tunnelled frame for a network that is not here
+	DropUnknownPeer                // tunnelled frame from a host that is no peer of the network
+	DropECN                        // congestion was marked on the way, and the frame cannot carry the mark (RFC 6040)
 	numDrops
 )
 
@@ -83,6 +88,11 @@ var dropText = [NumDrops][2]string{
 	DropRefused:        {"refused", "the receiving port did not take the frame; its own counters name the reason"},
 	DropSplitHorizon:   {"split-horizon", "both ports belong to the same split-horizon group"},
 	DropMemory:         {"memory", "the gateway's TCP buffers reached their limit: segments lost, to be sent again, or a writer held up"},
+	DropUnderlay:       {"underlay", "the host has no route to the tunnel's peer, or its link is down"},
+	DropTunnelHeader:   {"tunnel-header", "the tunnel's header is too short, lacks its mark or has reserved bits set: the sender speaks another protocol or extension"},
+	DropUnknownVNI:     {"unknown-vni", "a frame for a VNI of which there is no network here"},
+	DropUnknownPeer:    {"unknown-peer", "a tunnelled frame from a host that is no peer of the network; `patchbay peer add` makes it one"},
+	DropECN:            {"ecn", "a tunnelled frame met congestion on the way and cannot say so to its receiver"},
 	DropReserved:       {"reserved", "bridge protocol address (01:80:c2:00:00:0x), which is never forwarded"},
 }
 
