@@ -25,6 +25,7 @@ var floors = []struct {
 	{3, "patchbay/switch"},
 	{3, "patchbay/tunnel"},
 	{3, "patchbay/ipam"},
+	{4, "patchbay/ipam/store"},
 	{4, "patchbay/stack"},
 	{4, "patchbay/internal/edge"},
 	{5, "patchbay/nat"},

@@ -94,7 +94,7 @@ func NewPool(ctx context.Context, c PoolConfig) (*Pool, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	p := &Pool{c: c, key: c.Name + "/" + c.Prefix.String()}
+	p := &Pool{c: c, key: Key(c.Name, c.Prefix)}
 	p.first, p.last = hosts(c.Prefix)
 	if c.Range != c.Prefix {
 		// The ends of a range inside the subnet are ordinary addresses.
@@ -278,3 +278,6 @@ func (p *Pool) reserved(a netip.Addr) string {
 	}
 	return ""
 }
+
+// Key is what a Store knows the pool of a network's subnet by.
+func Key(network string, subnet netip.Prefix) string { return network + "/" + subnet.String() }
