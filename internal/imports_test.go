@@ -45,6 +45,7 @@ var bans = []struct {
 	{"github.com/songgao/water", "patchbay/tap", "only tap opens devices"},
 	{"github.com/miekg/dns", "patchbay/internal/dns", "one home for the DNS wire format"},
 	{"github.com/insomniacslk/dhcp", "patchbay/internal/dhcp", "one home for the DHCP wire format"},
+	{"github.com/prometheus/client_golang", "patchbay/internal/api", "counters are plain; the API alone words them for a scraper"},
 	{"github.com/urfave/cli", "patchbay/cmd/patchbay", "flags are the command's, not a library's"},
 }
 

@@ -50,15 +50,15 @@ type IfConfig struct {
 // Route is one route through the interface being configured.
 type Route struct {
 	// Dst is the destination; 0.0.0.0/0 or ::/0 is the default route.
-	Dst netip.Prefix
+	Dst netip.Prefix `json:"dst"`
 	// Via is the next hop; the zero Addr means that Dst is on the link.
-	Via netip.Addr
+	Via netip.Addr `json:"via,omitzero"`
 	// OnLink takes Via as a neighbour although no address of the interface says so.
-	OnLink bool
+	OnLink bool `json:"onLink,omitempty"`
 	// MTU of the route in bytes of IP packet; 0 is the interface's.
-	MTU int
+	MTU int `json:"mtu,omitempty"`
 	// Metric is the priority; 0 is the kernel's default.
-	Metric int
+	Metric int `json:"metric,omitempty"`
 }
 
 // Configured is what Configure found and did.

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/urfave/cli/v2"
+	"patchbay/internal/api"
 	"patchbay/internal/edge"
 	"patchbay/internal/node"
 	"patchbay/internal/wire"
@@ -163,7 +164,7 @@ func processSpec(c *cli.Context) (edge.Spec, error) {
 	}
 	for _, f := range []string{"name", "hostname"} {
 		if c.IsSet(f) {
-			if err := node.CheckName(c.String(f)); err != nil {
+			if err := api.CheckName(c.String(f)); err != nil {
 				return edge.Spec{}, fmt.Errorf("--%s: %w", f, err)
 			}
 		}

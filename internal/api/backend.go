@@ -48,10 +48,11 @@ type Attaching interface {
 	Plan() Plan
 	// Plug connects the device. It takes over d.FDs, on error too. On error nothing of the attachment is left.
 	Plug(ctx context.Context, d Device) (Attachment, error)
-	// Abort undoes the reservation. After a Plug that succeeded it does nothing.
+	// Abort undoes the reservation. After a Plug, whatever came of it, it does nothing.
 	Abort()
 	// Detached is closed when the attachment was taken away after Plug.
 	Detached() <-chan struct{}
-	// Leave says that the session has ended: an attachment of LifetimeSession goes with it, another stays.
+	// Leave says that the session has ended after a Plug that succeeded: an attachment of LifetimeSession goes with it, another stays. When it is the server
+	// that ends, it is not called: the attachment waits for its client to resume it at the next node.
 	Leave()
 }

@@ -43,7 +43,7 @@ type NetworkSpec struct {
 	Isolate bool `json:"isolate,omitempty"`
 	// VNI is the network's number on tunnels, 1 to 16777215, unique on the node. Default: none, it stays on this host.
 	VNI uint32 `json:"vni,omitempty"`
-	// DNS are resolvers to ask, ADDR or ADDR:PORT, instead of the host's resolv.conf.
+	// DNS are resolvers to ask, ADDR:PORT (see ParseResolver), instead of the host's resolv.conf.
 	DNS []netip.AddrPort `json:"dns,omitempty"`
 	// HostLoopback lets containers reach the host's loopback as host.patchbay.internal.
 	HostLoopback bool `json:"hostLoopback,omitempty"`

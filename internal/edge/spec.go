@@ -56,27 +56,28 @@ type Spec struct {
 // Interface is one TAP of the container.
 type Interface struct {
 	// Name in the container, "eth0" for instance.
-	Name string
+	Name string `json:"name"`
 	// MAC of the container's side; zero lets the kernel choose.
-	MAC wire.MAC
+	MAC wire.MAC `json:"mac"`
 	// MTU in bytes of IP packet; 0 means tap.DefaultMTU.
-	MTU int
+	MTU int `json:"mtu,omitempty"`
 	// Queues is how many descriptors to open; 0 means 1.
-	Queues int
+	Queues int `json:"queues,omitempty"`
 	// TxQueueLen is how many frames wait for the switch before the kernel drops; 0 keeps the kernel's own.
-	TxQueueLen int
+	TxQueueLen int `json:"txQueueLen,omitempty"`
 	// Addrs are the addresses with their prefix length.
-	Addrs []netip.Prefix
+	Addrs []netip.Prefix `json:"addrs,omitempty"`
 	// Gateway4 and Gateway6 become default routes when valid.
-	Gateway4, Gateway6 netip.Addr
+	Gateway4 netip.Addr `json:"gateway4,omitzero"`
+	Gateway6 netip.Addr `json:"gateway6,omitzero"`
 	// Routes are added after the default routes.
-	Routes []tap.Route
+	Routes []tap.Route `json:"routes,omitempty"`
 	// AcceptRA lets router advertisements configure the interface.
-	AcceptRA bool
+	AcceptRA bool `json:"acceptRA,omitempty"`
 	// Kind is how the interface reaches the switch: a TAP, a packet socket where /dev/net/tun is not to be had, or whichever works.
-	Kind tap.Kind
+	Kind tap.Kind `json:"kind"`
 	// ForcePlain opens the TAP without virtio header and so without offloads.
-	ForcePlain bool
+	ForcePlain bool `json:"forcePlain,omitempty"`
 }
 
 func (s *Spec) mode() Net {

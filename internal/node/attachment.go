@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"patchbay/frame"
+	"patchbay/internal/api"
 	"patchbay/internal/dns"
 	"patchbay/internal/edge"
 	"patchbay/internal/wire"
@@ -106,7 +107,7 @@ func (n *Network) reserveName(cfg AttachConfig) (*Attachment, error) {
 		}
 	}
 	for _, s := range append([]string{name}, cfg.Aliases...) {
-		if err := CheckName(s); err != nil {
+		if err := api.CheckName(s); err != nil {
 			return nil, err
 		}
 		if strings.EqualFold(s, gatewayName) {

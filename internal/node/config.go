@@ -2,10 +2,8 @@ package node
 
 import (
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
-	"strings"
 	"time"
 
 	"patchbay/internal/edge"
@@ -101,26 +99,3 @@ type ContainerConfig struct {
 
 // ErrTaken is in the chain when a name is another attachment's.
 var ErrTaken = errors.New("two attachments cannot share it")
-
-// CheckName says whether s can name a network or a container: a DNS label (RFC 1123 §2.1), since that is how others find it.
-func CheckName(s string) error {
-	const want = "use 1 to 63 letters, digits and hyphens, not starting or ending with a hyphen"
-	if len(s) == 0 || len(s) > 63 || s[0] == '-' || s[len(s)-1] == '-' {
-		return fmt.Errorf("name %q is not a host name; %s", abbreviate(s), want)
-	}
-	for _, c := range []byte(strings.ToLower(s)) {
-		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
-			return fmt.Errorf("name %q is not a host name; %s", abbreviate(s), want)
-		}
-	}
-	return nil
-}
-
-// abbreviate keeps an error on one line whatever was given.
-func abbreviate(s string) string {
-	const most = 70
-	if len(s) > most {
-		return s[:most] + "…"
-	}
-	return s
-}

@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"patchbay/frame"
+	"patchbay/internal/api"
 	"patchbay/internal/dhcp"
 	"patchbay/internal/dns"
 	"patchbay/internal/wire"
@@ -84,7 +85,7 @@ type (
 
 // NewNetwork makes a network and starts its services. The caller closes it. Nothing of the host is changed: its sockets are all the host sees of it.
 func NewNetwork(ctx context.Context, cfg NetworkConfig) (_ *Network, err error) {
-	if err := CheckName(cfg.Name); err != nil {
+	if err := api.CheckName(cfg.Name); err != nil {
 		return nil, fmt.Errorf("network: %w", err)
 	}
 	if cfg.MTU == 0 {

@@ -1,0 +1,192 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// backlog is how many clients wait to be accepted; the kernel lowers it to net.core.somaxconn.
+const backlog = 1024
+
+// Listen makes the node's socket at path: mode 0600 from the first moment, in a directory that is made with mode 0700 when there is none. The socket of a node
+// that has died is replaced. A live one is CodeConflict, and names its process. What is no socket stays. Closing the listener removes the socket.
+func Listen(path string) (*net.UnixListener, error) {
+	path, err := filepath.Abs(path) // a leading @ would be another name space
+	if err != nil {
+		return nil, fmt.Errorf("socket %q: %w", abbreviate(path), err)
+	}
+	if err := checkPath("socket", path, maxSocket); err != nil {
+		return nil, err
+	}
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, Errorf(CodeInvalid, "choose a place you can write to with --socket", "socket %s: %w", path, err)
+	}
+	unlock, err := lockDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if err := clearPath(path); err != nil {
+		return nil, err
+	}
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		// bind(2) gives the file the mode of the socket (net/unix/af_unix.c, unix_bind_bsd), so that it is never open to others, and no umask is meddled with.
+		if cerr := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
+			return cerr
+		}
+		return err
+	}}
+	l, err := lc.Listen(context.Background(), "unix", path)
+	if err != nil {
+		return nil, Errorf(CodeInvalid, "choose a place you can write to with --socket", "socket %s: %w", path, err)
+	}
+	return l.(*net.UnixListener), nil
+}
+
+// lockDir keeps two nodes that start at once from each removing the other's socket. It refuses a directory in which others could put a socket of theirs.
+func lockDir(dir string) (unlock func(), err error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, Errorf(CodeInvalid, "choose a directory of yours with --socket", "socket: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("socket: %w", err)
+	}
+	st := fi.Sys().(*syscall.Stat_t)
+	foreign := st.Uid != 0 && int(st.Uid) != os.Geteuid()
+	if foreign || fi.Mode()&fs.ModeSticky == 0 && fi.Mode().Perm()&0o002 != 0 {
+		return nil, Errorf(CodeInvalid, "choose a directory of yours with --socket, or chmod o-w it", "socket: others could replace what is in %s (%v, owner %s)", dir, fi.Mode(), userName(int(st.Uid)))
+	}
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		switch {
+		case err == nil:
+			return func() { f.Close() }, nil
+		case !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR), time.Now().After(deadline):
+			return nil, Errorf(CodeUnavailable, "try again, or choose another directory with --socket", "socket: lock %s: %w", dir, err)
+		}
+	}
+}
+
+// clearPath removes a socket that nobody listens on.
+func clearPath(path string) error {
+	fi, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return Errorf(CodeInvalid, "choose another with --socket", "socket: %w", err)
+	case fi.Mode()&fs.ModeSocket == 0:
+		return Errorf(CodeInvalid, "choose another with --socket", "socket %s: something that is no socket is there", path)
+	}
+	c, err := net.DialTimeout("unix", path, 5*time.Second)
+	switch {
+	case err == nil:
+		defer c.Close()
+		who := ""
+		if p, err := PeerOf(c.(*net.UnixConn)); err == nil && p.PID != 0 {
+			who = fmt.Sprintf(" (pid %d)", p.PID)
+		}
+		return Errorf(CodeConflict, "use --takeover to replace it, or another --socket", "a node is running already%s at %s", who, path)
+	case !errors.Is(err, unix.ECONNREFUSED):
+		return Errorf(CodeConflict, "choose another with --socket", "socket %s is in use, or another user's: %w", path, err)
+	}
+	if err := os.Remove(path); err != nil {
+		return Errorf(CodeInvalid, "remove it, or choose another with --socket", "socket of a node that has died: %w", err)
+	}
+	return nil
+}
+
+// Handover is a duplicate of l for the next node, which passes it to ListenFile. From then on closing l leaves the socket where it is.
+func Handover(l *net.UnixListener) (*os.File, error) {
+	f, err := l.File()
+	if err != nil {
+		return nil, fmt.Errorf("socket %s: %w", l.Addr(), err)
+	}
+	l.SetUnlinkOnClose(false)
+	return f, nil
+}
+
+// ListenFile makes a listener of one that another node has handed over. f stays the caller's. Closing the listener leaves the socket where it is, for the next Listen to replace.
+func ListenFile(f *os.File) (*net.UnixListener, error) {
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, fmt.Errorf("socket handed over: %w", err)
+	}
+	u, ok := l.(*net.UnixListener)
+	if !ok {
+		l.Close()
+		return nil, fmt.Errorf("socket handed over: %s is no unix socket", l.Addr())
+	}
+	u.SetUnlinkOnClose(false)
+	rc, err := u.SyscallConn()
+	if err == nil {
+		// Once more, so that SO_PEERCRED tells clients of this process and not of the one that made the socket.
+		if cerr := rc.Control(func(fd uintptr) { err = unix.Listen(int(fd), backlog) }); cerr != nil {
+			err = cerr
+		}
+	}
+	if err != nil {
+		u.Close()
+		return nil, fmt.Errorf("socket handed over: %w", err)
+	}
+	return u, nil
+}
+
+// PeerOf asks the kernel who is at the other end of c (SO_PEERCRED): for a client the process that listens, for a server the one that connected. PID is 0 for a
+// process of a PID namespace that this one cannot see.
+func PeerOf(c *net.UnixConn) (Peer, error) {
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return Peer{}, err
+	}
+	var cred *unix.Ucred
+	if cerr := rc.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); cerr != nil {
+		err = cerr
+	}
+	if err != nil {
+		return Peer{}, fmt.Errorf("SO_PEERCRED: %w", err)
+	}
+	return Peer{PID: int(cred.Pid), UID: int(cred.Uid)}, nil
+}
+
+// checkPeer lets the node's own user and root in.
+func checkPeer(p Peer, self int) error {
+	if p.UID == self || p.UID == 0 {
+		return nil
+	}
+	return Errorf(CodeForbidden, "run a daemon of your own", "user %s may not use %s's node", userName(p.UID), bareUserName(self))
+}
+
+// userName is "bob (uid 1002)", or "with uid 1002" when it has no name.
+func userName(uid int) string {
+	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
+		return fmt.Sprintf("%s (uid %d)", u.Username, uid)
+	}
+	return fmt.Sprintf("with uid %d", uid)
+}
+
+func bareUserName(uid int) string {
+	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
+		return u.Username
+	}
+	return fmt.Sprintf("uid %d", uid)
+}
