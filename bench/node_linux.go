@@ -15,7 +15,7 @@ import (
 
 // twoContainers is patchbay in scenario switch: a far side and an agent on one network. The agent has this process's standard input and output.
 func twoContainers(ctx context.Context) error {
-	node.SetProcs(2)
+	node.SetProcs(node.NATLoops + 2)
 	network, err := node.NewNetwork(ctx, node.NetworkConfig{Name: "bench"})
 	if err != nil {
 		return err

@@ -33,6 +33,9 @@ var floors = []struct {
 	{5, "patchbay/internal/dhcp"},
 	{5, "patchbay/internal/api"},
 	{6, "patchbay/internal/node"},
+	{6, "patchbay/internal/config"},
+	{6, "patchbay/internal/attach"},
+	{7, "patchbay/internal/daemon"},
 	{7, "patchbay/bench"},
 	{8, "patchbay/cmd/patchbay"},
 }
@@ -42,6 +45,7 @@ var bans = []struct {
 	pkg, home, reason string
 }{
 	{"gvisor.dev/gvisor", "patchbay/stack", "netstack is an implementation of the gateway's TCP, nobody else's business"},
+	{"go.yaml.in/yaml", "patchbay/internal/config", "one home for the format of the configuration"},
 	{"github.com/songgao/water", "patchbay/tap", "only tap opens devices"},
 	{"github.com/miekg/dns", "patchbay/internal/dns", "one home for the DNS wire format"},
 	{"github.com/insomniacslk/dhcp", "patchbay/internal/dhcp", "one home for the DHCP wire format"},

@@ -57,7 +57,7 @@ func (n *NAT) Publish(s Spec, to []netip.Addr) (*Published, error) {
 	if !p.to4.IsValid() && !p.to6.IsValid() {
 		return nil, fmt.Errorf("publish %s: the container has no address; attach it to the network first", s)
 	}
-	if s.Count < 1 || s.HostPort == 0 || s.Port == 0 || int(s.HostPort)+s.Count > 65536 || int(s.Port)+s.Count > 65536 || s.Proto != TCP && s.Proto != UDP {
+	if s.Count < 1 || s.HostPort == 0 || s.Port == 0 || int(s.HostPort)+s.Count > 65536 || int(s.Port)+s.ports() > 65536 || s.Proto != TCP && s.Proto != UDP {
 		return nil, fmt.Errorf("publish %s: not a valid spec; make it with ParseSpec", s)
 	}
 	if err := checkDescriptors(s.Count); err != nil {
@@ -82,7 +82,10 @@ func (n *NAT) Publish(s Spec, to []netip.Addr) (*Published, error) {
 
 // binding is the i-th of the range.
 func (p *Published) binding(i int) binding {
-	b := binding{port: p.spec.Port + uint16(i), to4: p.to4, to6: p.to6}
+	b := binding{port: p.spec.Port, to4: p.to4, to6: p.to6}
+	if !p.spec.Single {
+		b.port += uint16(i)
+	}
 	host := p.spec.Host
 	if !host.IsValid() {
 		host, b.dual = netip.IPv6Unspecified(), true

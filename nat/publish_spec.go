@@ -14,12 +14,13 @@ const (
 )
 
 // Spec says which host ports go to which container ports. Count consecutive host ports from HostPort on go to as many container ports
-// from Port on.
+// from Port on, or all to Port.
 type Spec struct {
 	Host     netip.Addr // where to listen; the zero Addr means every IPv4 and IPv6 address of the host
 	HostPort uint16     // first, never 0
 	Port     uint16     // first of the container, never 0
 	Count    int        // 1 to 65535
+	Single   bool       // all host ports go to Port; false when Count is 1
 	Proto    string     // TCP or UDP
 }
 
@@ -34,8 +35,16 @@ func (s Spec) String() string {
 		}
 		b.WriteByte(':')
 	}
-	b.WriteString(portRange(s.HostPort, s.Count) + ":" + portRange(s.Port, s.Count) + "/" + s.Proto)
+	b.WriteString(portRange(s.HostPort, s.Count) + ":" + portRange(s.Port, s.ports()) + "/" + s.Proto)
 	return b.String()
+}
+
+// ports is how many ports of the container there are.
+func (s Spec) ports() int {
+	if s.Single {
+		return 1
+	}
+	return s.Count
 }
 
 func portRange(first uint16, count int) string {
@@ -45,7 +54,7 @@ func portRange(first uint16, count int) string {
 	return fmt.Sprintf("%d-%d", first, int(first)+count-1)
 }
 
-// ParseSpec reads "[HOSTIP:]HOSTPORT[-END]:PORT[-END][/tcp|/udp]". An IPv6 HOSTIP stands in brackets. Without a protocol it is TCP. The error is
+// ParseSpec reads "[HOSTIP:]HOSTPORT[-END]:PORT[-END][/tcp|/udp]". Ranges are of the same length, or there is one PORT for all. An IPv6 HOSTIP stands in brackets. Without a protocol it is TCP. The error is
 // one line that says what is wrong and how it is written right.
 func ParseSpec(text string) (Spec, error) {
 	fail := func(format string, args ...any) (Spec, error) {
@@ -100,10 +109,10 @@ func ParseSpec(text string) (Spec, error) {
 	if err != nil {
 		return fail("container %v", err)
 	}
-	if nHost != n {
-		return fail("%d host ports for %d container ports; give ranges of the same length", nHost, n)
+	if nHost != n && n != 1 {
+		return fail("%d host ports for %d container ports; give ranges of the same length, or one container port for all", nHost, n)
 	}
-	s.HostPort, s.Port, s.Count = host, port, n
+	s.HostPort, s.Port, s.Count, s.Single = host, port, nHost, n == 1 && nHost > 1
 	return s, nil
 }
 

@@ -113,6 +113,19 @@ func (s *Switch) Ports() []PortInfo {
 	return out
 }
 
+// PortStats are the counters of one port; false when there is no such port. It is cheaper than Ports.
+func (s *Switch) PortStats(id PortID) (Counters, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.byID[id]
+	if p == nil {
+		return Counters{}, false
+	}
+	c := Counters{Drops: map[frame.Drop]uint64{}}
+	c.add(&p.rx, &p.tx)
+	return c, true
+}
+
 // Stats sums up.
 func (s *Switch) Stats() Stats {
 	s.mu.Lock()

@@ -219,6 +219,22 @@ func (d *Device) countMissed() uint64 {
 	return d.missed
 }
 
+// ClearPersist lets the interface go with its last descriptor, whatever OpenConfig.Persist said. It needs no privilege over the namespace.
+func (d *Device) ClearPersist() error {
+	if d.info.Kind == KindPacket {
+		return nil // it never outlives its descriptors
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return fmt.Errorf("tap %q: %w", d.info.Name, ErrClosed)
+	}
+	if err := unix.IoctlSetInt(d.queues[0].fd, unix.TUNSETPERSIST, 0); err != nil {
+		return fmt.Errorf("tap %q: TUNSETPERSIST: %w", d.info.Name, err)
+	}
+	return nil
+}
+
 // Close ends every Serve, waits for them and for each Transmit under way, and closes the descriptors. A Transmit that comes later
 // counts its frames as DropPortDown. Idempotent. It must not be called from a Sink that this Device feeds.
 func (d *Device) Close() error {

@@ -271,3 +271,27 @@ func (h *Handle) Configure(c IfConfig) (Configured, error) {
 	}
 	return out, err
 }
+
+// HasDefaultRoute reports whether the calling thread's network namespace has a default route of the IP version.
+func HasDefaultRoute(v6 bool) (bool, error) {
+	family := netlink.FAMILY_V4
+	if v6 {
+		family = netlink.FAMILY_V6
+	}
+	rs, err := netlink.RouteList(nil, family)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return false, fmt.Errorf("list routes: %w", err)
+	}
+	for _, r := range rs {
+		if r.Type != unix.RTN_UNICAST {
+			continue
+		}
+		if r.Dst == nil {
+			return true, nil
+		}
+		if ones, _ := r.Dst.Mask.Size(); ones == 0 {
+			return true, nil
+		}
+	}
+	return false, nil
+}

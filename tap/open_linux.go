@@ -109,6 +109,21 @@ func (h *Handle) Close() error {
 	return errors.Join(errs...)
 }
 
+// SetPersist says whether the interface outlives its last descriptor. It needs no privilege over the namespace.
+func (h *Handle) SetPersist(on bool) error {
+	if h.Kind == KindPacket || len(h.FDs) == 0 {
+		return nil // a packet socket's pair never does
+	}
+	v := 0
+	if on {
+		v = 1
+	}
+	if err := unix.IoctlSetInt(h.FDs[0], unix.TUNSETPERSIST, v); err != nil {
+		return fmt.Errorf("tap %q: TUNSETPERSIST: %w", h.Name, err)
+	}
+	return nil
+}
+
 // Open opens or creates a TAP in the network namespace of the calling thread, which must hold CAP_NET_ADMIN over it. The
 // interface is left down; see Configure. Where the virtio header is refused it opens the TAP plain (Info.VnetHdr false, no Caps); the
 // reason is in Handle.Notes. An error names the interface, the reason and the remedy.

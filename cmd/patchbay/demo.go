@@ -81,7 +81,7 @@ func demo(ctx context.Context, out io.Writer, port int) (err error) {
 	go func() { loadDone <- hostLoad.Serve(loadCtx) }()
 	defer func() { stopLoad(); err = errors.Join(err, <-loadDone) }()
 
-	node.SetProcs(2)
+	node.SetProcs(node.NATLoops + 2)
 	network, err := node.NewNetwork(ctx, node.NetworkConfig{Name: "demo", HostLoopback: true})
 	if err != nil {
 		return err

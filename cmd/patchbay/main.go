@@ -19,10 +19,14 @@ var version = "unknown"
 // Exit statuses of patchbay's own failures, as container tools use them. 126 and 127 come from the edge process.
 const exitOwnFailure = 125
 
+// commandLines are the commands behind which another command line stands, which is not ours to reorder.
+var commandLines = []string{"run", "pod", "load", "bench", "demo"}
+
 func main() {
 	// The re-exec'd process inside a container's namespaces never comes back from here.
 	edge.Main()
-	if err := newApp().Run(os.Args); err != nil {
+	app := newApp()
+	if err := app.Run(flagsFirst(app, os.Args, commandLines...)); err != nil {
 		os.Exit(report(err))
 	}
 }
@@ -43,7 +47,11 @@ func newApp() *cli.App {
 			fmt.Fprintf(os.Stderr, "patchbay: %q is not a command; see patchbay --help\n", name)
 			os.Exit(exitOwnFailure)
 		},
-		Commands: []*cli.Command{runCommand(), demoCommand(), loadCommand(), benchCommand(), doctorCommand(), doctorInside(), versionCommand(), completionCommand()},
+		Commands: []*cli.Command{
+			runCommand(), daemonCommand(), networkCommand(), attachCommand(), detachCommand(), psCommand(), inspectCommand(), publishCommand(),
+			fdbCommand(), dropsCommand(), captureCommand(),
+			demoCommand(), loadCommand(), benchCommand(), doctorCommand(), doctorInside(), versionCommand(), completionCommand(),
+		},
 	}
 }
 

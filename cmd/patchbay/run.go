@@ -30,16 +30,23 @@ Examples:
    patchbay run -- curl http://example.test/
    patchbay run -p 8080:80 -p 127.0.0.1:5300-5309:53/udp --name web -- ./server
    patchbay run --host-loopback -- psql -h host.patchbay.internal
-   patchbay run --net none --pid -- sh`,
+   patchbay run --net none --pid -- sh
+   patchbay run --network lab --name db -- ./database
+   patchbay run --net container:db -- ss -tln`,
 		Description: `COMMAND runs as root of a new user namespace, with an interface eth0 on a private network whose gateway
-translates to the host's network. Its exit status is that of COMMAND, or 128 and the number of the signal that ended it; 125 is a
+translates to the host's network. Where a daemon runs (see patchbay daemon) that is its network, and containers on it find each other by name; --socket none, or an
+option that describes the network, gives it one of its own. Its exit status is that of COMMAND, or 128 and the number of the signal that ended it; 125 is a
 failure of patchbay itself, 126 a COMMAND that cannot be executed, 127 one that is not found.`,
 		OnUsageError: usageError,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "name", Usage: "`NAME` that others on the network find it by, and its host name"},
 			&cli.StringFlag{Name: "hostname", Usage: "host `NAME` inside, when not --name"},
 			&cli.StringSliceFlag{Name: "publish", Aliases: []string{"p"}, Usage: "publish ports by `SPEC`: [HOSTIP:]HOSTPORT[-END]:PORT[-END][/tcp|/udp]"},
-			&cli.StringFlag{Name: "net", Usage: "`MODE`: private (a network of its own), none (only lo), host (the host's network)", Value: "private"},
+			&cli.StringFlag{Name: "net", Usage: "`MODE`: private (a network), none (only lo), host (the host's network), container:NAME (another one's network, or that of process container:PID)", Value: "private"},
+			&cli.StringSliceFlag{Name: "network", Usage: "join the daemon's network `NAME`; several become eth0, eth1, … (default, where a daemon runs: default)"},
+			&cli.StringSliceFlag{Name: "alias", Usage: "a further `NAME` that others on the daemon's network find it by"},
+			&cli.StringFlag{Name: "rate", Usage: "the daemon's network takes at most `RATE` from it: bytes a second such as 10M, or 100Mbit"},
+			socketFlag(),
 			&cli.BoolFlag{Name: "pid", Usage: "give it a PID namespace too"},
 			&cli.BoolFlag{Name: "keep-id", Usage: "keep your user and group ids inside, instead of root"},
 			&cli.BoolFlag{Name: "host-loopback", Usage: "let host.patchbay.internal reach the host's 127.0.0.1 and ::1"},
@@ -91,6 +98,14 @@ func run(c *cli.Context) error {
 		if err := rejectPrivateFlags(c); err != nil {
 			return err
 		}
+		if spec.Net == edge.NetContainer {
+			t, err := joinTarget(ctx, c, &spec)
+			if err != nil {
+				return err
+			}
+			defer t.Close()
+			spec.Join = t
+		}
 		p, err := edge.Start(ctx, spec, stdio)
 		if err != nil {
 			return err
@@ -102,6 +117,13 @@ func run(c *cli.Context) error {
 		}
 		return wait(p)
 	}
+	client, networks, err := nodeFor(ctx, c)
+	if err != nil {
+		return err
+	}
+	if client != nil {
+		return runOnNode(ctx, c, client, networks, spec, stdio)
+	}
 	cfg, err := networkConfig(c)
 	if err != nil {
 		return err
@@ -110,7 +132,7 @@ func run(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	node.SetProcs(max(ctr.Queues, 1))
+	node.SetProcs(node.NATLoops + max(ctr.Queues, 1))
 	stats, err := openStats(c.String("stats"))
 	if err != nil {
 		return err
@@ -144,7 +166,7 @@ func wait(p interface{ Wait() (edge.Status, error) }) error {
 }
 
 // privateFlags make sense on a private network only.
-var privateFlags = []string{"publish", "host-loopback", "link-local", "subnet", "ip", "mac", "mtu", "dns", "queues", "device", "plain-tap", "max-flows", "max-dials", "max-memory", "stats"}
+var privateFlags = []string{"network", "alias", "rate", "publish", "host-loopback", "link-local", "subnet", "ip", "mac", "mtu", "dns", "queues", "device", "plain-tap", "max-flows", "max-dials", "max-memory", "stats"}
 
 func rejectPrivateFlags(c *cli.Context) error {
 	for _, f := range privateFlags {
@@ -157,10 +179,13 @@ func rejectPrivateFlags(c *cli.Context) error {
 
 func processSpec(c *cli.Context) (edge.Spec, error) {
 	mode := edge.Net(c.String("net"))
+	if strings.HasPrefix(string(mode), joinPrefix) && len(mode) > len(joinPrefix) {
+		mode = edge.NetContainer
+	}
 	switch mode {
-	case edge.NetPrivate, edge.NetNone, edge.NetHost:
+	case edge.NetPrivate, edge.NetNone, edge.NetHost, edge.NetContainer:
 	default:
-		return edge.Spec{}, fmt.Errorf("--net: mode %q is not known; use private, none or host", mode)
+		return edge.Spec{}, fmt.Errorf("--net: mode %q is not known; use private, none, host or container:NAME", mode)
 	}
 	for _, f := range []string{"name", "hostname"} {
 		if c.IsSet(f) {
@@ -183,10 +208,10 @@ func processSpec(c *cli.Context) (edge.Spec, error) {
 func networkConfig(c *cli.Context) (node.NetworkConfig, error) {
 	cfg := node.NetworkConfig{
 		Name: "default", MTU: c.Int("mtu"), TCPMemory: c.Int("max-memory") << 20, HostLoopback: c.Bool("host-loopback"), AllowLinkLocal: c.Bool("link-local"),
-		Limits: nat.Limits{
-			TCPFlows: c.Int("max-flows"), TCPFlowsPerContainer: c.Int("max-flows"), UDPFlows: c.Int("max-flows"), UDPFlowsPerContainer: c.Int("max-flows"),
-			HalfOpen: c.Int("max-dials"), HalfOpenPerContainer: c.Int("max-dials"),
-		},
+	}
+	var err error
+	if cfg.Limits, err = limitFlags(c); err != nil {
+		return cfg, err
 	}
 	if cfg.MTU < node.MinMTU || cfg.MTU > node.MaxMTU {
 		return cfg, fmt.Errorf("--mtu: %d bytes; use %d to %d", cfg.MTU, node.MinMTU, node.MaxMTU)
@@ -206,15 +231,30 @@ func networkConfig(c *cli.Context) (node.NetworkConfig, error) {
 		}
 		cfg.DNS = append(cfg.DNS, a)
 	}
-	for _, f := range []string{"max-flows", "max-dials", "max-memory", "queues"} {
-		if c.IsSet(f) && c.Int(f) < 1 {
-			return cfg, fmt.Errorf("--%s: %d is too few; use 1 or more", f, c.Int(f))
-		}
+	if err := atLeastOne(c, "max-memory", "queues"); err != nil {
+		return cfg, err
 	}
 	if c.Bool("verbose") {
 		cfg.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	}
 	return cfg, nil
+}
+
+// limitFlags reads --max-flows and --max-dials.
+func limitFlags(c *cli.Context) (nat.Limits, error) {
+	flows, dials := c.Int("max-flows"), c.Int("max-dials")
+	return nat.Limits{
+		TCPFlows: flows, TCPFlowsPerContainer: flows, UDPFlows: flows, UDPFlowsPerContainer: flows, HalfOpen: dials, HalfOpenPerContainer: dials,
+	}, atLeastOne(c, "max-flows", "max-dials")
+}
+
+func atLeastOne(c *cli.Context, flags ...string) error {
+	for _, f := range flags {
+		if c.IsSet(f) && c.Int(f) < 1 {
+			return fmt.Errorf("--%s: %d is too few; use 1 or more", f, c.Int(f))
+		}
+	}
+	return nil
 }
 
 // parseResolver reads ADDRESS or ADDRESS:PORT.

@@ -79,7 +79,8 @@ func (e *edgeProc) start() error {
 	if err != nil {
 		return err
 	}
-	if e.spec.KeepID {
+	// In a container that is joined COMMAND is who its commands are; only root has rights there.
+	if e.spec.KeepID || e.spec.mode() == NetContainer && os.Geteuid() != 0 {
 		if err := dropCaps(); err != nil {
 			return failed("give up capabilities: %w", err)
 		}

@@ -57,7 +57,7 @@ func TestExitStatus(t *testing.T) {
 		{"no PATH at all", Spec{Argv: []string{"true"}, Env: []string{"A=b"}}, 0, ""},
 		{"bad Dir", Spec{Argv: []string{"true"}, Dir: "/no/such/dir"}, 125, "working directory \"/no/such/dir\": no such file or directory; name a directory"},
 		{"no command", Spec{}, 125, "no command was given"},
-		{"bad mode", Spec{Net: "bridged", Argv: []string{"true"}}, 125, "use private, none or host"},
+		{"bad mode", Spec{Net: "bridged", Argv: []string{"true"}}, 125, "use private, none, host or container:NAME"},
 		{"zero byte", Spec{Argv: []string{"true", "a\x00b"}}, 125, "zero byte"},
 		{"long host name", Spec{Argv: []string{"true"}, Hostname: strings.Repeat("x", 65)}, 125, "choose a shorter one"},
 	} {

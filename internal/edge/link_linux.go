@@ -30,6 +30,7 @@ const (
 	msgExit    messageKind = "exit"    // edge: COMMAND has ended and its descendants too
 	msgFail    messageKind = "fail"    // edge: it will not come to COMMAND
 	msgRelease messageKind = "release" // parent: start COMMAND
+	msgDetach  messageKind = "detach"  // parent: close what you hold of the interface
 	msgSignal  messageKind = "signal"  // parent: it was sent this signal
 	msgKill    messageKind = "direct"  // parent: send COMMAND this signal, whoever else has it
 )
@@ -39,6 +40,7 @@ type message struct {
 	Device *tap.Info `json:",omitempty"`
 	Notes  []string  `json:",omitempty"`
 	PID    int       `json:",omitempty"`
+	Name   string    `json:",omitempty"`
 	Signal int       `json:",omitempty"`
 	Code   int       `json:",omitempty"`
 	Left   []int     `json:",omitempty"`

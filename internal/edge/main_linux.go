@@ -6,6 +6,7 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"sync"
 	"syscall"
 	"unsafe"
 
@@ -25,6 +26,7 @@ type edgeProc struct {
 	own     *ownSignals
 	release chan struct{}
 	command *command
+	mu      sync.Mutex
 	handles []*tap.Handle // kept, so that the carrier stays up whoever holds the other descriptors
 	notes   []string
 }
@@ -77,6 +79,9 @@ func (e *edgeProc) run(specFD int) error {
 	if err := e.readSpec(specFD); err != nil {
 		return failed("description of the container: %w", err)
 	}
+	if e.spec.Task == taskOpen {
+		return e.openInterfaces()
+	}
 	if err := e.adopt(); err != nil {
 		return err
 	}
@@ -99,6 +104,9 @@ func (e *edgeProc) run(specFD int) error {
 		return err
 	}
 	<-e.release
+	if e.spec.Pause {
+		return e.pause()
+	}
 	if err := e.start(); err != nil {
 		return err
 	}
@@ -150,6 +158,8 @@ func (e *edgeProc) listen() {
 				released = true
 				close(e.release)
 			}
+		case msgDetach:
+			e.letGo(m.Name)
 		case msgSignal:
 			e.relay(syscall.Signal(m.Signal))
 		case msgKill:
@@ -157,6 +167,25 @@ func (e *edgeProc) listen() {
 		}
 	}
 	e.end()
+}
+
+// letGo closes this process's descriptors of an interface.
+func (e *edgeProc) letGo(name string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, h := range e.handles {
+		if h.Name == name {
+			_ = h.Close() // it reports nothing that anybody could mend
+		}
+	}
+}
+
+// pause is the life of a container without a COMMAND: it ends with a signal that would end a COMMAND (see deliver), or with the parent.
+func (e *edgeProc) pause() error {
+	if err := e.link.send(message{Kind: msgStarted}); err != nil {
+		return err
+	}
+	select {}
 }
 
 // relay handles a signal that the parent got. If this process, which is in the same process group, has it too, then it was sent to the

@@ -81,6 +81,14 @@ func (p *Process) Signal(s syscall.Signal) error {
 	return nil
 }
 
+// Detach has the edge process close its descriptors of an interface, so that the interface vanishes when everybody else has closed theirs. An unknown name is no error.
+func (p *Process) Detach(ifname string) error {
+	if err := p.link.send(message{Kind: msgDetach, Name: ifname}); err != nil && !gone(err) {
+		return fmt.Errorf("interface %q: %w", ifname, err)
+	}
+	return nil
+}
+
 // Wait blocks until COMMAND has ended and nothing of the container is left, and returns how COMMAND ended. The error is an *Error: COMMAND
 // could not be started, or the edge process was lost. It may be called several times and from several goroutines.
 func (p *Process) Wait() (Status, error) {

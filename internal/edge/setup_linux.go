@@ -22,6 +22,7 @@ func privateMounts() error {
 // network brings the container's network into being and hands its descriptors to the parent.
 func (e *edgeProc) network() error {
 	switch e.spec.mode() {
+	case NetContainer: // it has one
 	case NetNone:
 		if err := loopbackUp(); err != nil {
 			return explain("bring lo up", err, "user namespaces come without rights here: look for a security module's message in the kernel log")
@@ -46,6 +47,18 @@ func (e *edgeProc) addInterface(f *Interface) error {
 	if err != nil {
 		return err
 	}
+	out, err := h.Configure(f.ifConfig())
+	if err != nil {
+		return err
+	}
+	e.mu.Lock()
+	e.handles = append(e.handles, h)
+	e.mu.Unlock()
+	return e.link.send(message{Kind: msgDevice, Device: &h.Info, Notes: append(h.Notes, out.Notes...)}, h.FDs...)
+}
+
+// ifConfig is how the interface is to be configured.
+func (f *Interface) ifConfig() tap.IfConfig {
 	c := tap.IfConfig{MAC: f.MAC, MTU: f.MTU, TxQueueLen: f.TxQueueLen, Addrs: f.Addrs, AcceptRA: f.AcceptRA}
 	if f.Gateway4.IsValid() {
 		c.Routes = append(c.Routes, defaultRoute(f, netip.PrefixFrom(netip.IPv4Unspecified(), 0), f.Gateway4))
@@ -54,12 +67,7 @@ func (e *edgeProc) addInterface(f *Interface) error {
 		c.Routes = append(c.Routes, defaultRoute(f, netip.PrefixFrom(netip.IPv6Unspecified(), 0), f.Gateway6))
 	}
 	c.Routes = append(c.Routes, f.Routes...)
-	out, err := h.Configure(c)
-	if err != nil {
-		return err
-	}
-	e.handles = append(e.handles, h)
-	return e.link.send(message{Kind: msgDevice, Device: &h.Info, Notes: append(h.Notes, out.Notes...)}, h.FDs...)
+	return c
 }
 
 // defaultRoute reaches its gateway on the link even where no prefix of the interface holds it, as with a /32.

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 
+	"patchbay/internal/netns"
 	"patchbay/internal/wire"
 	"patchbay/tap"
 )
@@ -20,6 +21,8 @@ const (
 	NetPrivate Net = "private" // a new network namespace with the interfaces of the Spec
 	NetNone    Net = "none"    // a new network namespace with lo alone
 	NetHost    Net = "host"    // the caller's own network namespace
+	// NetContainer joins the user, network and UTS namespaces of Spec.Join.
+	NetContainer Net = "container"
 )
 
 // Limits of a Spec.
@@ -34,6 +37,8 @@ const (
 type Spec struct {
 	// Net is the network mode; "" means NetPrivate.
 	Net Net
+	// Join is whose namespaces NetContainer means, opened by a process id. It is the caller's.
+	Join *netns.Target `json:"-"`
 	// PID gives the container a PID namespace and a /proc of its own, with the edge process as PID 1.
 	PID bool
 	// KeepID keeps the caller's uid and gid instead of showing them as root; COMMAND then has no capabilities, whoever the caller is.
@@ -45,6 +50,8 @@ type Spec struct {
 	// ResolvConf and Hosts, when not nil, are what the container reads in /etc/resolv.conf and /etc/hosts; at most 1 MiB each.
 	ResolvConf []byte
 	Hosts      []byte
+	// Pause lets the container live without a COMMAND, until a signal or its parent's end. Argv is not looked at.
+	Pause bool
 	// Argv is COMMAND and its arguments. Argv[0] is looked up in the PATH of Env unless it has a slash. Bytes are passed on as they are.
 	Argv []string
 	// Env is COMMAND's environment; nil is the caller's.
@@ -74,6 +81,10 @@ type Interface struct {
 	Routes []tap.Route `json:"routes,omitempty"`
 	// AcceptRA lets router advertisements configure the interface.
 	AcceptRA bool `json:"acceptRA,omitempty"`
+	// Persist lets the interface outlive its last descriptor. OpenIn alone heeds it.
+	Persist bool `json:"persist,omitempty"`
+	// Reopen takes over the persistent interface of that name and MAC which an earlier node left, as it is. OpenIn alone heeds it.
+	Reopen bool `json:"reopen,omitempty"`
 	// Kind is how the interface reaches the switch: a TAP, a packet socket where /dev/net/tun is not to be had, or whichever works.
 	Kind tap.Kind `json:"kind"`
 	// ForcePlain opens the TAP without virtio header and so without offloads.
@@ -94,12 +105,23 @@ func (s *Spec) check() error {
 		if len(s.Interfaces) > MaxInterfaces {
 			return fmt.Errorf("%d interfaces: a container has at most %d", len(s.Interfaces), MaxInterfaces)
 		}
+	case NetContainer:
+		switch {
+		case s.Join == nil:
+			return fmt.Errorf("network mode %q: nobody says whose namespaces; name a container", s.Net)
+		case s.PID:
+			return fmt.Errorf("network mode %q has no PID namespace of its own: leave --pid out", s.Net)
+		case s.KeepID:
+			return fmt.Errorf("network mode %q has the ids of the container that is joined: leave --keep-id out", s.Net)
+		case len(s.Interfaces) > 0:
+			return fmt.Errorf("network mode %q has the interfaces of the container that is joined", s.Net)
+		}
 	case NetNone, NetHost:
 		if len(s.Interfaces) > 0 {
 			return fmt.Errorf("network mode %q has no interfaces: use %q", s.Net, NetPrivate)
 		}
 	default:
-		return fmt.Errorf("network mode %q is unknown: use %s, %s or %s", s.Net, NetPrivate, NetNone, NetHost)
+		return fmt.Errorf("network mode %q is unknown: use %s, %s, %s or %s:NAME", s.Net, NetPrivate, NetNone, NetHost, NetContainer)
 	}
 	for i, f := range s.Interfaces {
 		if f.Name == "" {
@@ -115,7 +137,7 @@ func (s *Spec) check() error {
 	if len(s.ResolvConf) > maxFile || len(s.Hosts) > maxFile {
 		return fmt.Errorf("resolv.conf of %d and hosts of %d bytes: at most %d each", len(s.ResolvConf), len(s.Hosts), maxFile)
 	}
-	if len(s.Argv) == 0 || s.Argv[0] == "" {
+	if !s.Pause && (len(s.Argv) == 0 || s.Argv[0] == "") {
 		return errors.New("no command was given: name one behind --")
 	}
 	for _, l := range [][]string{s.Argv, s.Env, {s.Dir}} {
@@ -131,11 +153,20 @@ func (s *Spec) check() error {
 // wireSpec is Spec as the edge process reads it, with what the parent knows about itself. Strings that need not be UTF-8 travel as bytes.
 type wireSpec struct {
 	Spec
+	Task      task
 	Argv, Env [][]byte
 	Dir       []byte
 	SigMask   uint64 // signals that were blocked when the parent started, bit n-1 for signal n
 	Ignored   uint64 // signals that were ignored when the parent started
 }
+
+// task is what a re-executed program is to do.
+type task string
+
+const (
+	taskRun  task = ""     // the life of a container
+	taskOpen task = "open" // open Spec.Interfaces where it is, hand them over, end
+)
 
 func (w *wireSpec) encode() ([]byte, error) {
 	w.Argv, w.Env, w.Dir = toBytes(w.Spec.Argv), toBytes(w.Spec.Env), []byte(w.Spec.Dir)

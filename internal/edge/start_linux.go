@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"patchbay/internal/netns"
 	"patchbay/tap"
 )
 
@@ -169,9 +170,13 @@ func (p *Process) spawn(spec *Spec, std Stdio, sock, specFD int, died chan<- sys
 			all.Val[i] = ^all.Val[i]
 		}
 		_ = unix.PthreadSigmask(unix.SIG_SETMASK, &all, &old)
-		pid, err := syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{Env: edgeEnv, Files: files, Sys: attr})
+		pid, err := p.fork(spec, argv, files, attr)
 		_ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
 		if err != nil {
+			if spec.mode() == NetContainer {
+				started <- failed("%w", err)
+				return
+			}
 			started <- explainClone(spec, err)
 			return
 		}
@@ -180,6 +185,18 @@ func (p *Process) spawn(spec *Spec, std Stdio, sock, specFD int, died chan<- sys
 		died <- p.await()
 	}()
 	return <-started
+}
+
+// fork starts the edge process in namespaces of its own, or in those of the container that is joined.
+func (p *Process) fork(spec *Spec, argv []string, files []uintptr, attr *syscall.SysProcAttr) (int, error) {
+	if spec.mode() != NetContainer {
+		return syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{Env: edgeEnv, Files: files, Sys: attr})
+	}
+	fds := make([]int, len(files))
+	for i, f := range files {
+		fds[i] = int(f) // ^0 is -1, which is closed in both notations
+	}
+	return spec.Join.Start(netns.Command{Path: "/proc/self/exe", Args: argv, Env: edgeEnv, Files: fds, Guest: true})
 }
 
 // edgeEnv keeps the edge process small: it allocates a megabyte or two in all and mostly sleeps.

@@ -331,7 +331,7 @@ func insideTarget(t *testing.T, ref string) {
 		Path:  "/bin/sh",
 		Args:  []string{"sh", "-c", `readlink /proc/self/ns/net; readlink /proc/self/ns/user; ip link set lo mtu 1234 && cat /sys/class/net/lo/mtu >/dev/null; ip -o link show lo; readlink /proc/self/fd/3 || echo none; readlink /proc/self/fd/4; exit 6`},
 		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
-		Files: []*os.File{extra, out, out, nil, extra},
+		Files: []int{int(extra.Fd()), int(out.Fd()), int(out.Fd()), -1, int(extra.Fd())},
 	})
 	if err != nil {
 		t.Fatal(err)

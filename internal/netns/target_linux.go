@@ -6,17 +6,20 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"strings"
 	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// Target is the user and network namespace of a running process, into which Start puts another one.
+// Target is a network namespace with the user namespace that owns it, into which Start puts a process.
 type Target struct {
-	pid       int
+	pid       int    // 0 when it was opened by its path
+	name      string // for errors
 	user, net *os.File
-	own       bool // the user namespace is the caller's own
+	uts       *os.File // nil when it was opened by its path
+	own       bool     // the user namespace is the caller's own
 }
 
 // OpenTarget opens the namespaces of the process pid. They stay open when the process ends.
@@ -25,7 +28,7 @@ func OpenTarget(pid int) (*Target, error) {
 	if pid <= 0 {
 		return nil, fmt.Errorf("%s: %w: give the id of a running process", what, ErrNoProcess)
 	}
-	t := &Target{pid: pid}
+	t := &Target{pid: pid, name: fmt.Sprintf("process %d", pid)}
 	var err error
 	if t.user, err = os.Open(fmt.Sprintf("/proc/%d/ns/user", pid)); err != nil {
 		return nil, explainPID(what, pid, err)
@@ -34,12 +37,50 @@ func OpenTarget(pid int) (*Target, error) {
 		t.Close()
 		return nil, explainPID(what, pid, err)
 	}
-	var mine, theirs unix.Stat_t
-	if unix.Stat("/proc/self/ns/user", &mine) == nil && unix.Fstat(int(t.user.Fd()), &theirs) == nil {
-		t.own = mine.Dev == theirs.Dev && mine.Ino == theirs.Ino
+	if t.uts, err = os.Open(fmt.Sprintf("/proc/%d/ns/uts", pid)); err != nil {
+		t.Close()
+		return nil, explainPID(what, pid, err)
 	}
+	t.own = isOwn(t.user)
 	return t, nil
 }
+
+// OpenTargetPath opens the namespace that `ip netns` knows by the name, or that is at the path where ref has a slash, with the user namespace that owns it. They stay open when the path is no more.
+func OpenTargetPath(ref string) (*Target, error) {
+	open := OpenPath
+	if !strings.Contains(ref, "/") {
+		open = OpenName
+	}
+	h, err := open(ref)
+	if err != nil {
+		return nil, err
+	}
+	t := &Target{name: "network namespace " + ref, net: os.NewFile(uintptr(h.fd), ref)}
+	user, err := unix.IoctlRetInt(h.fd, unix.NS_GET_USERNS)
+	if err != nil {
+		t.Close()
+		if errors.Is(err, unix.EPERM) {
+			return nil, fmt.Errorf("%s: %w: %w: it belongs to a user namespace that is not below yours; open it as the user it belongs to", t.name, ErrNotPermitted, err)
+		}
+		return nil, fmt.Errorf("%s: its user namespace: %w", t.name, err)
+	}
+	t.user = os.NewFile(uintptr(user), "user namespace of "+ref)
+	unix.CloseOnExec(user)
+	t.own = isOwn(t.user)
+	return t, nil
+}
+
+// isOwn reports whether user is the caller's own user namespace.
+func isOwn(user *os.File) bool {
+	var mine, theirs unix.Stat_t
+	return unix.Stat("/proc/self/ns/user", &mine) == nil && unix.Fstat(int(user.Fd()), &theirs) == nil && mine.Dev == theirs.Dev && mine.Ino == theirs.Ino
+}
+
+// String is what the target was opened by, for errors.
+func (t *Target) String() string { return t.name }
+
+// PID is the process it was opened by, or 0.
+func (t *Target) PID() int { return t.pid }
 
 // Net is the target's network namespace, as a Handle of its own.
 func (t *Target) Net() (*Handle, error) { return FromFD(int(t.net.Fd())) }
@@ -47,7 +88,7 @@ func (t *Target) Net() (*Handle, error) { return FromFD(int(t.net.Fd())) }
 // Close gives the descriptors back. Idempotent.
 func (t *Target) Close() error {
 	var errs []error
-	for _, f := range []*os.File{t.user, t.net} {
+	for _, f := range []*os.File{t.user, t.net, t.uts} {
 		if f != nil {
 			if err := f.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 				errs = append(errs, err)
@@ -62,13 +103,18 @@ type Command struct {
 	Path  string   // as execve(2) takes it, looked up in the caller's mount namespace; "/proc/self/exe" is this program
 	Args  []string // with Args[0]
 	Env   []string
-	Files []*os.File // descriptors 0, 1, 2, … of the new process; nil is closed. Others are inherited unless close-on-exec.
+	Files []int // become descriptors 0, 1, 2, … of the new process; -1 is closed. Others are inherited unless close-on-exec.
+	// Guest puts it into the target's UTS namespace too, and into a mount namespace of its own: a command that lives in a container, and not one that
+	// only works on its network. The target must have been opened by a process id.
+	Guest bool
 }
 
 // The steps of the child, for its error.
 const (
 	stepUser = 1 + iota
 	stepNet
+	stepUTS
+	stepMount
 	stepCaps
 	stepFiles
 	stepExec
@@ -90,16 +136,18 @@ func (t *Target) Start(c Command) (pid int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	p := child{argv0: argv0, argv: &argv[0], envv: &envv[0], user: -1, net: int(t.net.Fd()), files: make([]int, len(c.Files))}
+	p := child{argv0: argv0, argv: &argv[0], envv: &envv[0], user: -1, net: int(t.net.Fd()), uts: -1, files: append([]int(nil), c.Files...)}
+	if c.Guest {
+		if t.uts == nil {
+			return 0, fmt.Errorf("%s: it was named by no process, so nobody lives in it: name a process of the container", t.name)
+		}
+		p.uts, p.mount = int(t.uts.Fd()), true
+	}
 	if !t.own {
 		p.user = int(t.user.Fd())
 	}
-	for i, f := range c.Files {
-		p.files[i] = -1
-		if f != nil {
-			p.files[i] = int(f.Fd())
-		}
-		p.above = max(p.above, p.files[i]+1, len(c.Files))
+	for _, fd := range p.files {
+		p.above = max(p.above, fd+1, len(p.files))
 	}
 	var pipe [2]int
 	syscall.ForkLock.Lock()
@@ -110,7 +158,7 @@ func (t *Target) Start(c Command) (pid int, err error) {
 	p.pipe = pipe[1]
 	id, errno := forkInto(&p)
 	syscall.ForkLock.Unlock()
-	runtime.KeepAlive(c.Files)
+	runtime.KeepAlive(t)
 	runtime.KeepAlive(argv)
 	runtime.KeepAlive(envv)
 	unix.Close(pipe[1])
@@ -135,17 +183,21 @@ func (t *Target) explain(step uint32, err syscall.Errno, path string) error {
 	switch step {
 	case stepUser:
 		if err == unix.EPERM {
-			return fmt.Errorf("enter the user namespace of process %d: %w: %w: only the user who made it may; run as that user", t.pid, ErrNotPermitted, err)
+			return fmt.Errorf("enter the user namespace of %s: %w: %w: only the user who made it may; run as that user", t.name, ErrNotPermitted, err)
 		}
-		return fmt.Errorf("enter the user namespace of process %d: %w", t.pid, err)
+		return fmt.Errorf("enter the user namespace of %s: %w", t.name, err)
 	case stepNet:
 		if err == unix.EPERM {
-			return fmt.Errorf("enter the network namespace of process %d: %w: %w: it belongs to another user namespace than the process is in; name a process of the container that made it",
-				t.pid, ErrNotPermitted, err)
+			return fmt.Errorf("enter the network namespace of %s: %w: %w: it belongs to another user namespace than the process is in; name a process of the container that made it",
+				t.name, ErrNotPermitted, err)
 		}
-		return fmt.Errorf("enter the network namespace of process %d: %w", t.pid, err)
+		return fmt.Errorf("enter the network namespace of %s: %w", t.name, err)
+	case stepUTS:
+		return fmt.Errorf("enter the UTS namespace of %s: %w", t.name, err)
+	case stepMount:
+		return fmt.Errorf("make a mount namespace inside %s: %w", t.name, err)
 	case stepCaps:
-		return fmt.Errorf("keep rights in the user namespace of process %d: %w", t.pid, err)
+		return fmt.Errorf("keep rights in the user namespace of %s: %w", t.name, err)
 	case stepFiles:
 		return fmt.Errorf("pass descriptors to %s: %w", path, err)
 	}
@@ -157,6 +209,8 @@ type child struct {
 	argv0      *byte
 	argv, envv **byte
 	user, net  int
+	uts        int  // -1: stay
+	mount      bool // unshare it
 	files      []int
 	above      int // higher than any descriptor in files, and than any it becomes
 	pipe       int
@@ -214,6 +268,18 @@ func forkInto(p *child) (pid int, errno syscall.Errno) {
 	p.report[0] = stepNet
 	if _, _, err1 = syscall.RawSyscall(unix.SYS_SETNS, uintptr(p.net), unix.CLONE_NEWNET, 0); err1 != 0 {
 		goto fail
+	}
+	if p.uts >= 0 {
+		p.report[0] = stepUTS
+		if _, _, err1 = syscall.RawSyscall(unix.SYS_SETNS, uintptr(p.uts), unix.CLONE_NEWUTS, 0); err1 != 0 {
+			goto fail
+		}
+	}
+	if p.mount {
+		p.report[0] = stepMount
+		if _, _, err1 = syscall.RawSyscall(unix.SYS_UNSHARE, unix.CLONE_NEWNS, 0, 0); err1 != 0 {
+			goto fail
+		}
 	}
 	if p.user >= 0 {
 		// execve takes the capabilities away from whoever is not root in there.

@@ -366,6 +366,19 @@ func (a *Attachment) Lost() <-chan struct{} {
 	return a.link.lost
 }
 
+// ClearPersist lets the interface inside go when the device is closed. Devices that are not persistent go anyway.
+func (a *Attachment) ClearPersist() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.link == nil {
+		return nil
+	}
+	if d, ok := a.link.device.(*tap.Device); ok {
+		return d.ClearPersist()
+	}
+	return nil
+}
+
 // Unplug takes the device off the switch and closes it. Name, addresses and published ports stay, for another Plug. Not being plugged is no error.
 func (a *Attachment) Unplug() error {
 	a.mu.Lock()
@@ -444,8 +457,13 @@ func (a *Attachment) down() error {
 	a.published = nil
 	errs = append(errs, a.unplug())
 	a.mu.Unlock()
+	n.mu.Lock()
+	keep := n.keepLeases
+	n.mu.Unlock()
 	for _, p := range n.pools {
-		errs = append(errs, p.Release(context.Background(), a.name))
+		if !keep {
+			errs = append(errs, p.Release(context.Background(), a.name))
+		}
 	}
 	n.mu.Lock()
 	delete(n.attachments, a.name)

@@ -56,7 +56,8 @@ type Network struct {
 
 	mu          sync.Mutex
 	closed      bool
-	serial      int // numbers the attachments that were given no name
+	keepLeases  bool // Shutdown: what is in the store stays
+	serial      int  // numbers the attachments that were given no name
 	attachments map[string]*Attachment
 	containers  map[*Container]struct{}
 	gone        *frame.DropCounters // of devices that are no more
@@ -304,6 +305,59 @@ func (n *Network) closing() error { return fmt.Errorf("network %q is being close
 // retire keeps the drops of a device that is no more, so that none is lost from the sums.
 func (n *Network) retire(d Device) {
 	d.Drops().Each(func(r frame.Drop, c uint64) { n.gone.Add(r, int(c)) })
+}
+
+// CloseUnused is Close when nothing is attached. Otherwise it changes nothing and names what is.
+func (n *Network) CloseUnused() (left []string, ok bool) {
+	n.mu.Lock()
+	for name := range n.attachments {
+		left = append(left, name)
+	}
+	n.closed = n.closed || len(left) == 0
+	n.mu.Unlock()
+	slices.Sort(left)
+	if len(left) > 0 {
+		return left, false
+	}
+	if err := n.Close(); err != nil {
+		n.log.Warn("network closed", "network", n.cfg.Name, "error", err)
+	}
+	return nil, true
+}
+
+// Shutdown is Close that leaves the leases in the store: the process ends and the attachments do not.
+func (n *Network) Shutdown() error {
+	n.mu.Lock()
+	n.keepLeases = true
+	n.mu.Unlock()
+	return n.Close()
+}
+
+// GatewayMAC is the gateway's.
+func (n *Network) GatewayMAC() wire.MAC { return n.gw.MAC() }
+
+// ReconcileLeases gives back every lease that is no attachment's and has no end of its own, as a crash leaves them.
+func (n *Network) ReconcileLeases(ctx context.Context) error {
+	n.mu.Lock()
+	live := make(map[string]bool, len(n.attachments))
+	for name := range n.attachments {
+		live[name] = true
+	}
+	n.mu.Unlock()
+	for _, p := range n.pools {
+		timed := make(map[string]bool) // of DHCP, to machines that are no attachment
+		for _, r := range p.Leases() {
+			timed[r.Attachment] = !r.Expires.IsZero()
+		}
+		gone, err := p.Reconcile(ctx, func(id string) bool { return live[id] || timed[id] })
+		if err != nil {
+			return err
+		}
+		for _, r := range gone {
+			n.log.Info("lease reclaimed", "network", n.cfg.Name, "addr", r.Addr, "attachment", r.Attachment)
+		}
+	}
+	return nil
 }
 
 // Close ends every container, those that are being started too, every other attachment, and the network. Idempotent; it returns when nothing is left.

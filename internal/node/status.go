@@ -48,6 +48,8 @@ type PortStatus struct {
 	Unicast  uint64 `json:"unicast"` // received and sent on to one port
 	Flooded  uint64 `json:"flooded"` // received and sent on to all others
 	Dropped  uint64 `json:"dropped"` // received and not sent on
+	// TxRefused were offered to the port and not taken.
+	TxRefused uint64 `json:"txRefused"`
 }
 
 // FDBEntry is a MAC the switch knows.
@@ -90,16 +92,20 @@ func (n *Network) Status() Status {
 	return st
 }
 
+func portStatus(name string, s vswitch.Counters) PortStatus {
+	return PortStatus{
+		Name: name, RxFrames: s.RxFrames, RxBytes: s.RxBytes, TxFrames: s.TxFrames, TxBytes: s.TxBytes,
+		Unicast: s.Unicast, Flooded: s.Flooded, Dropped: s.Dropped(), TxRefused: s.TxRefused,
+	}
+}
+
 // switchStatus adds what the switch knows.
 func (n *Network) switchStatus(st *Status, count func(frame.Drop, uint64)) {
 	names := make(map[vswitch.PortID]string)
 	for _, p := range n.sw.Ports() {
 		names[p.ID] = p.Config.Name
 		s := p.Stats
-		st.Ports = append(st.Ports, PortStatus{
-			Name: p.Config.Name, RxFrames: s.RxFrames, RxBytes: s.RxBytes, TxFrames: s.TxFrames, TxBytes: s.TxBytes,
-			Unicast: s.Unicast, Flooded: s.Flooded, Dropped: s.Dropped(),
-		})
+		st.Ports = append(st.Ports, portStatus(p.Config.Name, s))
 	}
 	for d, c := range n.sw.Stats().Total.Drops {
 		count(d, c)
@@ -114,4 +120,27 @@ func (n *Network) Attachments() []*Attachment {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return slices.SortedFunc(maps.Values(n.attachments), func(a, b *Attachment) int { return strings.Compare(a.name, b.name) })
+}
+
+// AttachmentStatus is what a plugged attachment is.
+type AttachmentStatus struct {
+	Plugged bool
+	Port    uint32
+	Caps    frame.Caps
+	Traffic PortStatus
+}
+
+// Status takes a picture. It waits for a Plug or Unplug that is under way.
+func (a *Attachment) Status() (st AttachmentStatus) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	l := a.link
+	if l == nil || l.port == 0 {
+		return st
+	}
+	st = AttachmentStatus{Plugged: true, Port: uint32(l.port), Caps: l.device.Caps()}
+	if s, ok := a.network.sw.PortStats(l.port); ok {
+		st.Traffic = portStatus(a.name, s)
+	}
+	return st
 }

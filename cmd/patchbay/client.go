@@ -1,0 +1,139 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"patchbay/internal/api"
+)
+
+// nodeCommand is a command that talks to the node: it has --socket and, when lists says so, --output; the words behind it are called as words says, and its errors begin with
+// its name. complete lists what the next word may be.
+func nodeCommand(cmd *cli.Command, lists bool, words string, complete func(ctx context.Context, c *api.Client, nth int) []string, action func(c *cli.Context, client *api.Client) error) *cli.Command {
+	cmd.OnUsageError = usageError
+	cmd.Flags = append(cmd.Flags, socketFlag())
+	if lists {
+		cmd.Flags = append(cmd.Flags, outputFlag())
+	}
+	cmd.BashComplete = func(c *cli.Context) {
+		for _, f := range cmd.Flags {
+			fmt.Fprintln(c.App.Writer, "--"+f.Names()[0])
+		}
+		client, err := clientFor(c)
+		if err != nil || complete == nil {
+			return
+		}
+		ctx, cancel := context.WithTimeout(c.Context, time.Second)
+		defer cancel()
+		for _, w := range complete(ctx, client, c.NArg()) {
+			fmt.Fprintln(c.App.Writer, w)
+		}
+	}
+	cmd.Action = func(c *cli.Context) error {
+		err := checkWords(c, words)
+		if err == nil {
+			var client *api.Client
+			if client, err = clientFor(c); err == nil {
+				err = action(c, client)
+			}
+		}
+		var status exitStatus
+		if err == nil || errors.As(err, &status) {
+			return err
+		}
+		return fmt.Errorf("%s: %w", strings.TrimPrefix(c.Command.HelpName, "patchbay "), err)
+	}
+	return cmd
+}
+
+func clientFor(c *cli.Context) (*api.Client, error) {
+	path, err := socketPath(c)
+	if err != nil {
+		return nil, err
+	}
+	return api.NewClient(path), nil
+}
+
+// checkWords compares what was given with what is wanted, such as "NETWORK", "NAME SPEC", "[NETWORK]" or "NAME...".
+func checkWords(c *cli.Context, words string) error {
+	want := strings.Fields(words)
+	least, most := len(want), len(want)
+	if n := len(want); n > 0 {
+		switch last := want[n-1]; {
+		case strings.HasSuffix(last, "..."):
+			most = 1 << 20
+		case strings.HasPrefix(last, "["):
+			least--
+		}
+	}
+	switch n := c.NArg(); {
+	case n < least:
+		return fmt.Errorf("%s is missing; see patchbay %s --help", want[n], strings.TrimPrefix(c.Command.HelpName, "patchbay "))
+	case n > most:
+		return fmt.Errorf("%.70q is a word too many; see patchbay %s --help", c.Args().Get(most), strings.TrimPrefix(c.Command.HelpName, "patchbay "))
+	}
+	for i := range c.NArg() {
+		if len(c.Args().Get(i)) == 0 {
+			return fmt.Errorf("word %d is empty; see patchbay %s --help", i+1, strings.TrimPrefix(c.Command.HelpName, "patchbay "))
+		}
+	}
+	return nil
+}
+
+// attachmentOf finds the attachment that the command line names NAME or NETWORK/NAME.
+func attachmentOf(ctx context.Context, client *api.Client, ref string) (api.Attachment, error) {
+	network, name, err := client.Resolve(ctx, ref)
+	if err != nil {
+		return api.Attachment{}, err
+	}
+	return client.Attachment(ctx, network, name)
+}
+
+// Completions. A node that does not answer completes nothing.
+
+func networkNames(ctx context.Context, c *api.Client, nth int) (out []string) {
+	if nth > 0 {
+		return nil
+	}
+	nets, _ := c.Networks(ctx)
+	for _, n := range nets {
+		out = append(out, n.Name)
+	}
+	return out
+}
+
+func attachmentNames(ctx context.Context, c *api.Client, nth int) (out []string) {
+	if nth > 0 {
+		return nil
+	}
+	as, _ := c.Attachments(ctx, "")
+	seen := map[string]int{}
+	for _, a := range as {
+		seen[a.Name]++
+	}
+	for _, a := range as {
+		if seen[a.Name] > 1 {
+			out = append(out, a.Network+"/"+a.Name)
+		} else {
+			out = append(out, a.Name)
+		}
+	}
+	return out
+}
+
+func bothNames(ctx context.Context, c *api.Client, nth int) []string {
+	return append(networkNames(ctx, c, nth), attachmentNames(ctx, c, nth)...)
+}
+
+func publishIDs(ctx context.Context, c *api.Client, _ int) (out []string) {
+	ps, _ := c.Publishes(ctx)
+	for _, p := range ps {
+		out = append(out, p.ID)
+	}
+	return out
+}

@@ -1,0 +1,318 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"patchbay/internal/api"
+	"patchbay/internal/testbed"
+)
+
+// daemonProc is a `patchbay daemon` of the test, run by an ordinary user, that can be killed and started again.
+type daemonProc struct {
+	t      *testing.T
+	dir    string
+	args   []string
+	cmd    *exec.Cmd
+	stderr *lockedBuffer
+}
+
+// lockedBuffer is a bytes.Buffer that a process writes and a test reads.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// startDaemon starts one with a state directory of its own.
+func startDaemon(t *testing.T, args ...string) *daemonProc {
+	t.Helper()
+	d := &daemonProc{t: t, dir: t.TempDir(), args: args, stderr: &lockedBuffer{}}
+	if err := os.Chmod(d.dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	d.start()
+	t.Cleanup(func() {
+		d.end(syscall.SIGTERM)
+		if t.Failed() {
+			t.Logf("daemon said:\n%s", d.stderr)
+		}
+	})
+	return d
+}
+
+func (d *daemonProc) socket() string { return filepath.Join(d.dir, "node.sock") }
+
+// start starts the daemon, again perhaps, and waits until it answers.
+func (d *daemonProc) start(more ...string) {
+	d.t.Helper()
+	d.launch(more...)
+	if !testbed.Wait(10*time.Second, func() bool { return d.client().Health(d.t.Context()) == nil }) {
+		d.t.Fatalf("the daemon does not answer: %s", d.stderr)
+	}
+}
+
+// launch is start that does not wait.
+func (d *daemonProc) launch(more ...string) {
+	d.t.Helper()
+	args := append([]string{"daemon", "--socket", d.socket(), "--state-dir", filepath.Join(d.dir, "state"), "-v"}, d.args...)
+	d.cmd = patchbay(d.t, append(args, more...)...)
+	d.cmd.Stderr = d.stderr
+	if err := d.cmd.Start(); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// end sends the daemon a signal and waits until it is gone.
+func (d *daemonProc) end(sig syscall.Signal) {
+	if d.cmd.Process == nil || d.cmd.ProcessState != nil {
+		return
+	}
+	if err := d.cmd.Process.Signal(sig); err != nil {
+		d.t.Errorf("signal the daemon: %v", err)
+	}
+	err := d.cmd.Wait()
+	if sig == syscall.SIGTERM && err != nil {
+		d.t.Errorf("the daemon ended with %v: %s", err, d.stderr)
+	}
+}
+
+func (d *daemonProc) client() *api.Client { return api.NewClient(d.socket()) }
+
+// command is `patchbay ARGS…` that talks to this daemon.
+func (d *daemonProc) command(args ...string) *exec.Cmd {
+	d.t.Helper()
+	cmd := patchbay(d.t, args...)
+	cmd.Env = append(os.Environ(), "PATCHBAY_SOCKET="+d.socket())
+	return cmd
+}
+
+// do runs `patchbay ARGS…` and returns what it wrote.
+func (d *daemonProc) do(args ...string) string {
+	d.t.Helper()
+	cmd := d.command(args...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		d.t.Fatalf("patchbay %s: %v: %s", strings.Join(args, " "), err, &stderr)
+	}
+	return string(out)
+}
+
+// running is a container of a test that goes on in the background.
+type running struct {
+	t      *testing.T
+	cmd    *exec.Cmd
+	out    *lockedBuffer
+	stderr *lockedBuffer
+	done   chan error
+}
+
+// background starts `patchbay run ARGS…` and waits until its attachment is up.
+func (d *daemonProc) background(name string, args ...string) *running {
+	d.t.Helper()
+	r := &running{t: d.t, out: &lockedBuffer{}, stderr: &lockedBuffer{}, done: make(chan error, 1)}
+	r.cmd = d.command(append([]string{"run", "--name", name}, args...)...)
+	r.cmd.Stdout, r.cmd.Stderr = r.out, r.stderr
+	if err := r.cmd.Start(); err != nil {
+		d.t.Fatal(err)
+	}
+	go func() { r.done <- r.cmd.Wait() }()
+	d.t.Cleanup(func() { r.end() })
+	if !testbed.Wait(10*time.Second, func() bool { return d.up(name) || len(r.done) > 0 }) || len(r.done) > 0 {
+		d.t.Fatalf("%q does not come up: %s%s", name, r.out, r.stderr)
+	}
+	return r
+}
+
+// end kills the run, and so the container.
+func (r *running) end() {
+	_ = r.cmd.Process.Signal(syscall.SIGTERM) // it may have ended by itself
+	select {
+	case <-r.done:
+	case <-time.After(15 * time.Second):
+		r.t.Error("a container does not end")
+		_ = r.cmd.Process.Kill()
+	}
+	r.done <- nil
+}
+
+// up reports whether an attachment of that name is plugged in some network.
+func (d *daemonProc) up(name string) bool {
+	as, err := d.client().Attachments(d.t.Context(), "")
+	if err != nil {
+		return false
+	}
+	for _, a := range as {
+		if a.Name == name && a.State == api.StateUp {
+			return true
+		}
+	}
+	return false
+}
+
+// inspect is the attachment as the API describes it.
+func (d *daemonProc) inspect(network, name string) api.Attachment {
+	d.t.Helper()
+	a, err := d.client().Attachment(d.t.Context(), network, name)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return a
+}
+
+// interval is a line of iperf3's report.
+type interval struct {
+	Sum struct {
+		Start, End float64
+		Bytes      float64
+	}
+}
+
+// gap is the longest time without a byte in an iperf3 report, in seconds, and how much came in the last second.
+func gap(t *testing.T, report []byte) (longest, last float64) {
+	t.Helper()
+	var r struct {
+		Intervals []interval
+		Error     string
+	}
+	if err := json.Unmarshal(report, &r); err != nil || r.Error != "" || len(r.Intervals) < 10 {
+		t.Fatalf("iperf3: %v %s: %.2000s", err, r.Error, report)
+	}
+	silent := 0.0
+	end := r.Intervals[len(r.Intervals)-1].Sum.End
+	for _, i := range r.Intervals {
+		if i.Sum.Bytes == 0 {
+			silent += i.Sum.End - i.Sum.Start
+		} else {
+			silent = 0
+		}
+		longest = max(longest, silent)
+		if i.Sum.Start > end-1 {
+			last += i.Sum.Bytes
+		}
+	}
+	return longest, last
+}
+
+// TestCrash kills the daemon in the middle of a transfer between two containers and starts it again: everything is back, the connection goes on.
+//
+//	[srv] eth0 ── tap ┐
+//	                  daemon, killed and started again
+//	[cli] eth0 ── tap ┘
+func TestCrash(t *testing.T) {
+	testbed.Leaks(t)
+	iperf3 := testbed.Tool(t, "iperf3")
+	d := startDaemon(t)
+	d.do("network", "create", "lab", "--subnet", "10.66.0.0/24", "--isolate=false", "--vni", "7")
+	d.background("srv", "--network", "lab", "--alias", "iperf", "-p", "5301:5201", "--", iperf3, "-s")
+	before := d.inspect("lab", "srv")
+	cli := d.background("cli", "--network", "lab", "--", "sh", "-c", "sleep 1; exec "+iperf3+" -c iperf -t 6 -i 0.1 -J")
+	time.Sleep(3 * time.Second)
+	late := lateness()
+	d.end(syscall.SIGKILL)
+	began := time.Now()
+	d.start()
+	t.Logf("a new daemon answers %v after the old one was killed", time.Since(began).Round(time.Millisecond))
+	if err := <-cli.done; err != nil {
+		t.Fatalf("the connection did not survive: %v: %s%s", err, cli.out, cli.stderr)
+	}
+	cli.done <- nil
+	longest, last := gap(t, []byte(cli.out.String()))
+	t.Logf("longest time without a byte %.1f s; %.0f MB in the last second; %s", longest, last/1e6, cli.stderr)
+	if bound := 1 + 10*late().Seconds(); longest > bound || last == 0 {
+		t.Errorf("gap %.1f s, want at most %.1f", longest, bound)
+	}
+	after := d.inspect("lab", "srv")
+	if fmt.Sprint(before.Addrs, before.MAC, before.Aliases, before.Publish) != fmt.Sprint(after.Addrs, after.MAC, after.Aliases, after.Publish) || len(after.Publish) != 1 || after.State != api.StateUp {
+		t.Errorf("before %+v\nafter  %+v", before, after)
+	}
+	nw, err := d.client().Network(t.Context(), "lab")
+	if err != nil || nw.VNI != 7 || nw.Subnets[0].String() != "10.66.0.0/24" {
+		t.Errorf("network after the restart: %+v, %v", nw, err)
+	}
+}
+
+// lateness measures how late a thread that sleeps is woken, until the returned function asks: on a shared machine a stall may not be ours.
+func lateness() (stop func() time.Duration) {
+	done, worst := make(chan struct{}), make(chan time.Duration)
+	go func() {
+		var w time.Duration
+		for {
+			select {
+			case <-done:
+				worst <- w
+				return
+			default:
+			}
+			t := time.Now()
+			time.Sleep(5 * time.Millisecond)
+			w = max(w, time.Since(t)-5*time.Millisecond)
+		}
+	}()
+	return func() time.Duration { close(done); return <-worst }
+}
+
+// TestClientDiesWhileTheDaemonIsDown holds that what ended without a witness is cleaned up.
+func TestClientDiesWhileTheDaemonIsDown(t *testing.T) {
+	testbed.Leaks(t)
+	d := startDaemon(t)
+	gone := d.background("gone", "-p", "8081:80", "--", "sleep", "1000")
+	addr := d.inspect("default", "gone").Addrs[0]
+	stays := d.background("stays", "--", "sleep", "1000")
+	d.end(syscall.SIGKILL)
+	if err := gone.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-gone.done
+	gone.done <- nil
+	d.start()
+	if !testbed.Wait(10*time.Second, func() bool {
+		as, err := d.client().Attachments(t.Context(), "")
+		return err == nil && len(as) == 1 && as[0].Name == "stays" && as[0].State == api.StateUp
+	}) {
+		t.Fatalf("attachments: %s", d.do("ps"))
+	}
+	if ps := d.do("publish", "ls", "-o", "json"); strings.Contains(ps, "8081") {
+		t.Errorf("its port is still published: %s", ps)
+	}
+	next := d.background("next", "--ip", addr.String(), "-p", "8081:80", "--", "sleep", "1000")
+	next.end()
+	stays.end()
+}
+
+// TestMetrics holds that what the node counts is there to be scraped.
+func TestMetrics(t *testing.T) {
+	d := startDaemon(t)
+	d.background("one", "--", "sleep", "1000")
+	b, err := d.client().Metrics(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`network="default"`, "patchbay_"} {
+		if !strings.Contains(string(b), want) {
+			t.Errorf("metrics lack %s:\n%s", want, b)
+		}
+	}
+}

@@ -1,0 +1,133 @@
+package daemon
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"strings"
+
+	"patchbay/internal/api"
+	"patchbay/nat"
+)
+
+// publish is a range of published ports. Guarded by Node.mu.
+type publish struct {
+	rec  publishRecord
+	a    *attachment
+	live *nat.Published // nil: the ports could not be opened
+	err  error          // why
+}
+
+// publish opens ports and puts them on a's list; id is the record's, or "" for a new one. It does not write them down.
+func (n *Node) publish(a *attachment, s nat.Spec, origin, id string) (*publish, error) {
+	live, err := a.Attachment.Publish(s)
+	p := &publish{rec: publishRecord{ID: cmp.Or(id, newID()[:8]), Spec: s.String(), Origin: origin}, a: a, live: live, err: err}
+	if err != nil && id == "" {
+		return nil, refuse(api.CodeInvalid, err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for n.publishes[p.rec.ID] != nil {
+		p.rec.ID = newID()[:8]
+	}
+	n.publishes[p.rec.ID] = p
+	a.publishes = append(a.publishes, p)
+	a.rec.Ports = append(a.rec.Ports, p.rec)
+	return p, nil
+}
+
+// AddPublish implements api.Backend.
+func (n *Node) AddPublish(_ context.Context, network, name string, spec api.PublishSpec) (api.Publish, error) {
+	s, err := nat.ParseSpec(spec.Spec)
+	if err != nil {
+		return api.Publish{}, refuse(api.CodeInvalid, err)
+	}
+	a, err := n.find(network, name)
+	if err != nil {
+		return api.Publish{}, err
+	}
+	n.mu.Lock()
+	err = n.busy()
+	n.mu.Unlock()
+	if err != nil {
+		return api.Publish{}, err
+	}
+	p, err := n.publish(a, s, originAPI, "")
+	if err != nil {
+		return api.Publish{}, err
+	}
+	if err := a.save(); err != nil {
+		n.unpublish(p)
+		return api.Publish{}, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return p.describe(), nil
+}
+
+// RemovePublish implements api.Backend.
+func (n *Node) RemovePublish(_ context.Context, id string) error {
+	n.mu.Lock()
+	p := n.publishes[id]
+	err := n.busy()
+	n.mu.Unlock()
+	switch {
+	case p == nil:
+		return api.Errorf(api.CodeNotFound, "`patchbay publish ls` shows those there are", "no published port has the id %.40q", id)
+	case err != nil:
+		return err
+	}
+	n.unpublish(p)
+	return p.a.save()
+}
+
+// unpublish closes the ports and takes them off the lists.
+func (n *Node) unpublish(p *publish) {
+	n.mu.Lock()
+	delete(n.publishes, p.rec.ID)
+	p.a.publishes = slices.DeleteFunc(p.a.publishes, func(q *publish) bool { return q == p })
+	p.a.rec.Ports = slices.DeleteFunc(slices.Clone(p.a.rec.Ports), func(r publishRecord) bool { return r.ID == p.rec.ID })
+	n.mu.Unlock()
+	if p.live != nil {
+		if err := p.a.Unpublish(p.live); err != nil {
+			n.log.Warn("unpublish", "ports", p.rec.Spec, "error", err)
+		}
+	}
+}
+
+// save writes a down as it is, if it is on disk at all.
+func (a *attachment) save() error {
+	n := a.node
+	n.mu.Lock()
+	rec, plugged := a.rec, !a.since.IsZero()
+	n.mu.Unlock()
+	if !plugged {
+		return nil // Plug will
+	}
+	return n.state.put(attachmentBucket, attachmentKey(a.network.rec.Name, rec.Name), rec)
+}
+
+// Publishes implements api.Backend.
+func (n *Node) Publishes() []api.Publish {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	out := make([]api.Publish, 0, len(n.publishes))
+	for _, p := range n.publishes {
+		if !p.a.going {
+			out = append(out, p.describe())
+		}
+	}
+	slices.SortFunc(out, func(a, b api.Publish) int {
+		return cmp.Or(strings.Compare(a.Network, b.Network), strings.Compare(a.Attachment, b.Attachment), strings.Compare(a.Spec, b.Spec))
+	})
+	return out
+}
+
+// describe is p for the API; Node.mu is held.
+func (p *publish) describe() api.Publish {
+	out := api.Publish{ID: p.rec.ID, Network: p.a.network.rec.Name, Attachment: p.a.Name(), Spec: p.rec.Spec, Origin: p.rec.Origin}
+	if p.err != nil {
+		out.Error = p.err.Error()
+	}
+	return out
+}

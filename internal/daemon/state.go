@@ -1,0 +1,175 @@
+package daemon
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+
+	"patchbay/internal/api"
+	"patchbay/internal/netns"
+	"patchbay/internal/wire"
+	"patchbay/tap"
+)
+
+// Buckets of the state file. leaseBucket is ipam/store's.
+var (
+	networkBucket    = []byte("networks")    // name → networkRecord
+	attachmentBucket = []byte("attachments") // network/name → attachmentRecord
+	leaseBucket      = "leases"
+	metaBucket       = []byte("meta") // "schema" → version of all of this
+	schemaKey        = []byte("schema")
+)
+
+// schema is the version of the records below. A file of a later one is refused.
+const schema = 1
+
+// networkRecord is a network on disk: every default is settled.
+type networkRecord struct {
+	api.NetworkSpec
+	ID         string
+	GatewayMAC wire.MAC
+	Created    time.Time
+	Origin     string
+}
+
+// attachmentRecord is an attachment on disk.
+type attachmentRecord struct {
+	api.AttachmentSpec                 // Name, Addrs, MAC and IfName as they are
+	Info               tap.Info        // of its device
+	Identity           *netns.Identity // of its namespace; LifetimeNamespace
+	Holder             *netns.Identity // the client's process; LifetimeSession
+	Ports              []publishRecord // instead of AttachmentSpec.Publish
+	Created            time.Time
+	Notes              []string
+}
+
+// publishRecord is one range of published ports.
+type publishRecord struct {
+	ID     string
+	Spec   string
+	Origin string
+}
+
+// Origins of networks and published ports.
+const (
+	originAPI    = "api"
+	originAttach = "attach"
+	originConfig = "config"
+)
+
+// state is the file that everything durable is in. A call that writes returns when it is on disk.
+type state struct {
+	db   *bbolt.DB
+	path string
+}
+
+// lockWait is how long to wait for the file of a node that is just ending.
+const lockWait = 2 * time.Second
+
+// openState opens or makes the file in dir.
+func openState(dir string) (*state, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("state directory %s: %w; name one that you may write with --state-dir", dir, err)
+	}
+	path := filepath.Join(dir, "state.db")
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
+	switch {
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return nil, fmt.Errorf("state file %s is in use by another node; stop it, or give this one a --state-dir of its own", path)
+	case err != nil:
+		return nil, fmt.Errorf("state file %s: %w; if it is damaged, move it away and networks start anew", path, err)
+	}
+	s := &state{db: db, path: path}
+	if err := s.prepare(); err != nil {
+		db.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// prepare makes the buckets and checks the version.
+func (s *state) prepare() error {
+	return s.db.Update(func(tx *bbolt.Tx) error {
+		for _, b := range [][]byte{networkBucket, attachmentBucket, metaBucket} {
+			if _, err := tx.CreateBucketIfNotExists(b); err != nil {
+				return fmt.Errorf("state file %s: %w", s.path, err)
+			}
+		}
+		meta := tx.Bucket(metaBucket)
+		var v int
+		if b := meta.Get(schemaKey); b != nil {
+			if err := json.Unmarshal(b, &v); err != nil {
+				return fmt.Errorf("state file %s: version %q: %w", s.path, b, err)
+			}
+		}
+		if v > schema {
+			return fmt.Errorf("state file %s is of a later patchbay (version %d, this one knows %d); run that one, or give this one a --state-dir of its own", s.path, v, schema)
+		}
+		b, err := json.Marshal(schema)
+		if err != nil {
+			return err
+		}
+		return meta.Put(schemaKey, b)
+	})
+}
+
+func (s *state) close() error { return s.db.Close() }
+
+func attachmentKey(network, name string) string { return network + "/" + name }
+
+// put writes one record.
+func (s *state) put(bucket []byte, key string, rec any) error {
+	b, err := json.Marshal(rec)
+	if err != nil {
+		return fmt.Errorf("state of %q: %w", key, err)
+	}
+	// Batch shares one fsync among those who come at once; its function may run twice.
+	if err := s.db.Batch(func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Put([]byte(key), b) }); err != nil {
+		return fmt.Errorf("state file %s: write %q: %w; is the disk full?", s.path, key, err)
+	}
+	return nil
+}
+
+// remove deletes one record. One that is not there is no error.
+func (s *state) remove(bucket []byte, key string) error {
+	if err := s.db.Batch(func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Delete([]byte(key)) }); err != nil {
+		return fmt.Errorf("state file %s: delete %q: %w; is the disk full?", s.path, key, err)
+	}
+	return nil
+}
+
+// load reads everything. attachments are by network name.
+func (s *state) load() (networks []networkRecord, attachments map[string][]attachmentRecord, err error) {
+	attachments = make(map[string][]attachmentRecord)
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		if err := tx.Bucket(networkBucket).ForEach(func(k, v []byte) error {
+			var r networkRecord
+			if err := json.Unmarshal(v, &r); err != nil {
+				return fmt.Errorf("network %q: %w", k, err)
+			}
+			networks = append(networks, r)
+			return nil
+		}); err != nil {
+			return err
+		}
+		return tx.Bucket(attachmentBucket).ForEach(func(k, v []byte) error {
+			var r attachmentRecord
+			if err := json.Unmarshal(v, &r); err != nil {
+				return fmt.Errorf("attachment %q: %w", k, err)
+			}
+			network := string(k[:len(k)-len(r.Name)-1])
+			attachments[network] = append(attachments[network], r)
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("state file %s: %w; if it is damaged, move it away and networks start anew", s.path, err)
+	}
+	return networks, attachments, nil
+}
