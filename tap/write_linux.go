@@ -183,7 +183,7 @@ func (d *Device) pick(data []byte) int {
 	if len(d.queues) == 1 {
 		return d.queues[0].fd
 	}
-	return d.queues[flowHash(data)%uint32(len(d.queues))].fd
+	return d.queues[wire.FlowHash(data)%uint32(len(d.queues))].fd
 }
 
 // write writes one frame that is made of up to three pieces.
