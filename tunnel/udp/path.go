@@ -154,6 +154,9 @@ func (p *Path) MTU() (int, error) {
 	return n, nil
 }
 
+// KnownMTU is what MTU said last, or 0.
+func (p *Path) KnownMTU() int { return int(p.mtu.Load()) }
+
 // Fits reports the longest datagram, in bytes, that fits an IP packet of mtu bytes on this Path.
 func (p *Path) Fits(mtu int) int {
 	if p.remote.Addr().Is4() {

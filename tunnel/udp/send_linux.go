@@ -57,7 +57,7 @@ func (b *Batch) oneByOne(fd int, msg *mmsg.Msg, m *message) {
 	b.one[0] = *msg
 	h := &b.one[0].Hdr
 	ctl.Attach(h)
-	whole := false
+	whole, tooBig := false, false
 	for d := m.dg; d < m.dg+m.n; d++ {
 		iov := int(b.dgs[d].iov)
 		h.Iov = &b.iovs[iov]
@@ -66,8 +66,12 @@ func (b *Batch) oneByOne(fd int, msg *mmsg.Msg, m *message) {
 		for _, v := range b.iovs[iov:b.iovEnd(d)] {
 			n += int(v.Len)
 		}
-		errno := b.sendOne(fd)
+		errno := unix.EMSGSIZE
+		if !tooBig || n < m.seg {
+			errno = b.sendOne(fd)
+		}
 		if errno != 0 {
+			tooBig = tooBig || errno == unix.EMSGSIZE && n == m.seg // and so are the others of its length
 			b.refused(m.path, b.dgs[d].tag, errno)
 			continue
 		}
