@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -40,7 +41,7 @@ func newVTEP(t testing.TB, ns *testbed.NS, cfg Config) *VTEP {
 	go func() { done <- v.Run(context.Background()) }()
 	t.Cleanup(func() {
 		v.Close()
-		if err := <-done; err != nil {
+		if err := <-done; err != nil && !errors.Is(err, ErrClosed) {
 			t.Error(err)
 		}
 	})

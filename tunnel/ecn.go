@@ -9,7 +9,7 @@ import (
 
 // The codepoints of RFC 3168 §5.
 const (
-	ecnNone udp.ECN = 0 // Not-ECT: the transport does not know ECN
+	ecnNone udp.ECN = 0 // the transport does not know ECN
 	ecnECT1 udp.ECN = 1
 	ecnECT0 udp.ECN = 2
 	ecnCE   udp.ECN = 3 // congestion experienced
@@ -44,7 +44,7 @@ func carryECN(data []byte, outer udp.ECN) bool {
 	case inner == outer || inner == ecnCE || inner == ecnECT1 && outer == ecnECT0:
 		return true
 	}
-	// CE over ECT, or ECT(1) over ECT(0).
+	// Congestion over a transport that understands, or codepoint 1 over 2.
 	if etherType == wire.EtherTypeIPv6 {
 		data[off+1] = data[off+1]&^0x30 | uint8(outer)<<4
 		return true

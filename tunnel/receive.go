@@ -14,6 +14,7 @@ const maxPending = 256
 // receiver is the scratch of Run.
 type receiver struct {
 	touched []*Peer // peers with frames to forward
+	d       datagram
 }
 
 // batch is what has come from one peer in the batch that is being handled.
@@ -58,7 +59,8 @@ type lookup struct {
 
 // receive takes one train apart. Each of its datagrams may be of another network.
 func (v *VTEP) receive(set *peerSet, t *udp.Train, last *lookup) {
-	d := datagram{outer: udp.ECN(t.TOS & 3)}
+	d := &v.rx.d
+	*d = datagram{outer: udp.ECN(t.TOS & 3)}
 	step := t.Size
 	if step < len(t.Data) && uncut(t.Data) {
 		step, d.size = len(t.Data), t.Size
@@ -72,7 +74,7 @@ func (v *VTEP) receive(set *peerSet, t *udp.Train, last *lookup) {
 				v.rx.touched = append(v.rx.touched, p)
 			}
 			d.mtu = p.pending.mtu
-			p.pending.fs = p.wire.receive(&d, p.pending.fs, p.drops)
+			p.pending.fs = p.wire.receive(d, p.pending.fs, p.drops)
 			if len(p.pending.fs) >= maxPending {
 				p.forward()
 			}

@@ -2,10 +2,12 @@ package tunnel
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -78,9 +80,13 @@ func Listen(cfg Config) (*VTEP, error) {
 	return v, nil
 }
 
-// Run receives and forwards until ctx is done or the VTEP is closed (nil). It blocks, and runs once at a time.
+// Run receives and forwards until ctx is done or the VTEP is closed (nil). It blocks, and runs once at a time. The error of a Run that comes too late
+// wraps ErrClosed.
 func (v *VTEP) Run(ctx context.Context) error {
-	if err := v.sock.Serve(ctx, (*handler)(v)); err != nil {
+	switch err := v.sock.Serve(ctx, (*handler)(v)); {
+	case errors.Is(err, udp.ErrClosed):
+		return fmt.Errorf("tunnel at %v: %w", v.LocalAddr(), ErrClosed)
+	case err != nil:
 		return fmt.Errorf("tunnel: %w", err)
 	}
 	return nil
@@ -103,12 +109,7 @@ func (v *VTEP) MaxSegments() int { return v.sock.MaxSegments() }
 func (v *VTEP) Join(group netip.Addr, ifindex int) error { return v.sock.Join(group, ifindex) }
 
 // Peers is every peer, in no order.
-func (v *VTEP) Peers() (ps []*Peer) {
-	for _, p := range v.peers.Load().all {
-		ps = append(ps, p)
-	}
-	return ps
-}
+func (v *VTEP) Peers() []*Peer { return slices.Clone(v.peers.Load().all) }
 
 // Close closes every Peer and the socket, and ends Run. Idempotent. It must not be called from a sink or a Transmit.
 func (v *VTEP) Close() error {
