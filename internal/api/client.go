@@ -57,6 +57,11 @@ func (c *Client) Health(ctx context.Context) error {
 // Metrics are the node's, in Prometheus' text format.
 func (c *Client) Metrics(ctx context.Context) ([]byte, error) { return c.text(ctx, "/metrics") }
 
+// OpenAPI is the node's description of its routes.
+func (c *Client) OpenAPI(ctx context.Context) ([]byte, error) {
+	return c.text(ctx, Prefix+"/openapi.yaml")
+}
+
 // Info is who answers.
 func (c *Client) Info(ctx context.Context) (v Info, err error) {
 	return v, c.get(ctx, place("info"), &v)

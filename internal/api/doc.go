@@ -23,9 +23,15 @@
 // connection. The node says Event{detached} when it is taken away meanwhile. When the node dies the client keeps the descriptors, so that the interface stays as it
 // is, connects to the next node and POSTs to …/attachments/NAME/resume, which goes on like above.
 //
+// # The socket
+//
+// [Listen] makes it 0600 from the first moment, in a directory that nobody else can write to, and replaces that of a node that has died, never that of one that lives. A node
+// that is to be replaced by another gives its listener away with [Handover]; the next one's [ListenFile] takes it, so that clients see no gap. What specs must be like
+// without asking a node, Validate says, for the server, the configuration file and the command line alike.
+//
 // # Ownership
 //
-// Descriptors sent are duplicates: each side closes its own.
+// Descriptors sent are duplicates: each side closes its own. Serve owns its sessions and waits for them; the Backend owns the descriptors it was given with Plug.
 //
 // # Concurrency
 //
@@ -33,7 +39,9 @@
 //
 // # Limits
 //
-// A body is at most MaxBody bytes, a line of a session as well. Names are DNS labels.
+// A body is at most MaxBody bytes, a line of a session as well, and a Device has at most MaxQueues descriptors. Names are DNS labels. Every error has the format of Error but
+// for what net/http answers by itself: requests that are no HTTP (400), and more than 64 KiB of header (431). How many connections the node's own user holds is not bounded but
+// by the process's descriptors. In a user namespace the kernel names every uid that is not mapped 65534; a node that is itself uid 65534 there has the socket's mode alone.
 //
 // # References
 //

@@ -32,8 +32,9 @@ type fake struct {
 	calls       []string
 	sessions    []*fakeAttaching
 	plugErr     error
-	err         error // of every call that can fail, when set
-	slow        chan struct{}
+	err         error         // of every call that can fail, when set
+	slow        chan struct{} // Attach waits for it, when set
+	waiting     int           // Attaches that do or did
 	capture     func(ctx context.Context, w io.Writer) error
 	captureSpec CaptureSpec
 }
@@ -126,6 +127,7 @@ func (f *fake) Attach(_ context.Context, network string, spec AttachmentSpec, pe
 	slow := f.slow
 	defer f.mu.Unlock()
 	if slow != nil {
+		f.waiting++
 		f.mu.Unlock()
 		<-slow
 		f.mu.Lock()
@@ -225,6 +227,16 @@ func (f *fake) Capture(network string, spec CaptureSpec) (func(context.Context, 
 	defer f.mu.Unlock()
 	f.captureSpec = spec
 	return f.capture, f.err
+}
+
+// slowed waits until an Attach waits.
+func (f *fake) slowed(t *testing.T) {
+	t.Helper()
+	testbed.Eventually(t, 20*time.Second, func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return f.waiting > 0
+	})
 }
 
 // session is the n-th that was begun, once it is there.
@@ -394,4 +406,8 @@ func (n noPanic) Write(b []byte) (int, error) {
 		n.t.Errorf("%s", b)
 	}
 	return len(b), nil
+}
+
+func timeout(t *testing.T, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(t.Context(), d)
 }

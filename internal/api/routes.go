@@ -1,6 +1,7 @@
 package api
 
 import (
+	_ "embed"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -9,7 +10,10 @@ import (
 	"strings"
 )
 
-// route is one line of the contract.
+//go:embed openapi.yaml
+var openAPI []byte
+
+// route is one line of the contract. openapi.yaml has the same, and a test compares them.
 type route struct {
 	method  string
 	pattern string
@@ -22,6 +26,7 @@ func (rt route) takes(param string) bool { return slices.Contains(rt.query, para
 var routes = []route{
 	{"GET", "/healthz", nil, (*Server).health},
 	{"GET", "/metrics", nil, (*Server).getMetrics},
+	{"GET", Prefix + "/openapi.yaml", nil, (*Server).getOpenAPI},
 	{"GET", Prefix + "/info", nil, (*Server).getInfo},
 
 	{"GET", Prefix + "/networks", nil, (*Server).listNetworks},
@@ -53,6 +58,12 @@ func (s *Server) health(w http.ResponseWriter, _ *http.Request) error {
 
 func (s *Server) getMetrics(w http.ResponseWriter, r *http.Request) error {
 	s.metrics.ServeHTTP(w, r)
+	return nil
+}
+
+func (s *Server) getOpenAPI(w http.ResponseWriter, _ *http.Request) error {
+	w.Header().Set("Content-Type", "application/yaml")
+	_, _ = w.Write(openAPI)
 	return nil
 }
 
@@ -175,7 +186,7 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request) error {
 	default:
 	}
 	if err != nil && r.Context().Err() == nil {
-		b, _ := json.Marshal(asError(err))
+		b, _ := json.Marshal(refusal{Error: asError(err)})
 		w.Header().Set(captureError, string(b))
 	}
 	return nil

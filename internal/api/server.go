@@ -292,8 +292,10 @@ func (s *Server) decode(w http.ResponseWriter, r *http.Request, v validator) err
 	}
 	var buf bytes.Buffer
 	_, err := io.Copy(&buf, http.MaxBytesReader(w, r.Body, MaxBody))
-	if derr := rc.SetReadDeadline(time.Time{}); derr != nil && err == nil {
-		err = derr
+	if err == nil {
+		err = rc.SetReadDeadline(time.Time{})
+	} else {
+		w.Header().Set("Connection", "close") // and the deadline stays, for net/http would wait for the rest before it answers
 	}
 	var tooLong *http.MaxBytesError
 	switch {
