@@ -1,11 +1,13 @@
 package api
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -182,6 +184,52 @@ func TestHandover(t *testing.T) {
 	defer wf.Close()
 	if _, err := ListenFile(r); err == nil {
 		t.Error("a pipe is no listener")
+	}
+}
+
+// TestHandoverPID: who is told of a node that is running already is told the pid of the next one, not of the one that made the socket.
+func TestHandoverPID(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "node.sock")
+	l, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := Handover(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe)
+	cmd.Env = append(os.Environ(), envNext+"=1")
+	cmd.ExtraFiles = []*os.File{f}
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		in.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
+	}()
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "<nil>\n" {
+		t.Fatalf("the next node: %q, %v", line, err)
+	}
+	l.Close()
+	if _, err := Listen(path); CodeOf(err) != CodeConflict || !strings.Contains(err.Error(), fmt.Sprintf("(pid %d)", cmd.Process.Pid)) {
+		t.Errorf("%v, want pid %d", err, cmd.Process.Pid)
 	}
 }
 

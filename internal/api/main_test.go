@@ -21,7 +21,21 @@ import (
 	"patchbay/tap"
 )
 
-func TestMain(m *testing.M) { testbed.Main(m) }
+// envNext makes this binary a node that listens at what descriptor 3 is, until its standard input ends.
+const envNext = "PATCHBAY_TEST_API_NEXT"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(envNext) != "" {
+		l, err := ListenFile(os.NewFile(3, "listener"))
+		fmt.Println(err)
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		if err == nil {
+			l.Close()
+		}
+		os.Exit(0)
+	}
+	testbed.Main(m)
+}
 
 // fake is a Backend that remembers what it was asked; the node's own tests show that the real one does it.
 type fake struct {

@@ -226,6 +226,22 @@ func TestServerDies(t *testing.T) {
 	next.session(t, 0).is(t, 1, 0, 1)
 }
 
+// TestEndsTogether: when client and node end at once, the attachment waits for the next node all the same, whose business it is to find that the client has gone.
+func TestEndsTogether(t *testing.T) {
+	s := NewServer(ServerConfig{Backend: newFake()})
+	ending := make(chan struct{})
+	close(ending)
+	for range 50 {
+		a, b := socketpair(t)
+		b.Close()
+		att := &fakeAttaching{detached: make(chan struct{})}
+		(&serverSession{s: s, conn: a, a: att, ending: ending}).watch()
+		if att.leaves != 0 {
+			t.Fatal("the attachment was left")
+		}
+	}
+}
+
 // TestHostileSession sends what no client of ours would. The reservation is undone, no descriptor stays open (start checks), and the error says why.
 func TestHostileSession(t *testing.T) {
 	fds := func(n int) []int {
