@@ -19,6 +19,7 @@ var floors = []struct {
 	{0, "patchbay/internal/kernel"},
 	{0, "patchbay/internal/netns"},
 	{0, "patchbay/internal/mmsg"},
+	{0, "patchbay/internal/spin"},
 	{1, "patchbay/frame"},
 	{2, "patchbay/internal/offload"},
 	{3, "patchbay/tap"},

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"patchbay/frame"
+	"patchbay/internal/spin"
 	"patchbay/internal/wire"
 )
 
@@ -23,7 +24,7 @@ type reader struct {
 	hdrLen int
 	arena  []byte
 	fs     []frame.Frame
-	spin   spinner
+	spin   spin.Spinner
 }
 
 // Serve reads queue and hands what it reads to sink, a batch at a time, until ctx is done or the Device is closed (nil), or the
@@ -109,13 +110,13 @@ func (r *reader) loop(sink frame.Sink) error {
 func (r *reader) step(sink frame.Sink) error {
 	more, err := r.fill()
 	if len(r.fs) > 0 {
-		r.spin.found()
+		r.spin.Found()
 		sink.Forward(r.fs)
 	}
 	switch {
 	case err != nil:
 		return err
-	case more, r.spin.again(r.d.spin):
+	case more, r.spin.Again(r.d.spin):
 		// Whom Forward has made runnable (the gateway's goroutines) runs on this thread now, instead of waking another core.
 		runtime.Gosched()
 		return nil

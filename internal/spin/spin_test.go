@@ -1,4 +1,4 @@
-package tap
+package spin
 
 import (
 	"testing"
@@ -6,10 +6,10 @@ import (
 	"time"
 )
 
-// idle plays an empty queue: it says how long the spinner looked before it gave up.
-func idle(s *spinner, limit time.Duration) (looked time.Duration) {
+// idle plays an empty queue: it says how long the Spinner looked before it gave up.
+func idle(s *Spinner, limit time.Duration) (looked time.Duration) {
 	start := time.Now()
-	for s.again(limit) {
+	for s.Again(limit) {
 		time.Sleep(10 * time.Microsecond)
 	}
 	return time.Since(start)
@@ -18,7 +18,7 @@ func idle(s *spinner, limit time.Duration) (looked time.Duration) {
 func TestSpinnerBacksOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const limit = 50 * time.Microsecond
-		var s spinner
+		var s Spinner
 		if d := idle(&s, limit); d != limit {
 			t.Fatalf("looked for %v, want %v", d, limit)
 		}
@@ -35,9 +35,9 @@ func TestSpinnerBacksOff(t *testing.T) {
 		// One success starts over.
 		for idle(&s, limit) == 0 {
 		}
-		for !s.again(limit) {
+		for !s.Again(limit) {
 		}
-		s.found()
+		s.Found()
 		if d := idle(&s, limit); d != limit {
 			t.Errorf("after a success: looked for %v", d)
 		}
@@ -46,11 +46,11 @@ func TestSpinnerBacksOff(t *testing.T) {
 		}
 		// A frame that was there at once is neither success nor failure.
 		skip := s.skip
-		s.found()
+		s.Found()
 		if s.skip != skip {
 			t.Errorf("skip went from %d to %d without a spin", skip, s.skip)
 		}
-		if s.again(-1) {
+		if s.Again(-1) {
 			t.Error("looks again although spinning is off")
 		}
 	})

@@ -1,32 +1,33 @@
-package tap
+package spin
 
 import "time"
 
 // maxSkip bounds how many sleeps pass without a new attempt to spin.
 const maxSkip = 64
 
-// spinner decides whether an idle read loop looks at its queue again or lets its thread sleep.
+// Spinner decides whether an idle read loop looks at its queue again or lets its thread sleep. It belongs to that loop; the zero Spinner is ready.
 //
 // Waking a sleeping thread takes 40 to 70 µs where the processor idles in a virtual machine, more than everything else a frame meets on its
 // way. So a loop that has just been busy looks again for about that long; in a request-response the next frame is there within
 // it. Where frames come more rarely the looking is wasted: each spin in vain doubles the number of sleeps until the next
 // attempt, so that a slow trickle costs one spin in maxSkip wake-ups, and one success starts over.
-type spinner struct {
+type Spinner struct {
 	since time.Time // when this spin began; zero when none is under way
 	skip  int       // sleeps between attempts
 	wait  int       // sleeps until the next one
 }
 
-// found says that there was a frame.
-func (s *spinner) found() {
+// Found says that there was a frame.
+func (s *Spinner) Found() {
 	if !s.since.IsZero() {
 		s.since = time.Time{}
 		s.skip = 0
 	}
 }
 
-// again says that the queue is empty, and reports whether to look once more instead of going to sleep.
-func (s *spinner) again(limit time.Duration) bool {
+// Again says that the queue is empty, and reports whether to look once more instead of going to sleep. limit bounds how long it is looked for; zero or less is not at
+// all. It reads the clock.
+func (s *Spinner) Again(limit time.Duration) bool {
 	switch {
 	case limit <= 0:
 		return false
