@@ -28,9 +28,10 @@ type Config struct {
 	Listen netip.AddrPort
 	// Ports is how many ports datagrams are sent from, chosen by the inner flow; 0 means DefaultPorts, 1 is the listening port alone.
 	Ports int
-	// Buffer, NoCut and NoJoin are those of udp.Config.
+	// Buffer, NoCut, NoJoin and Spin are those of udp.Config.
 	Buffer        int
 	NoCut, NoJoin bool
+	Spin          time.Duration
 	// Now is the clock; nil means time.Now.
 	Now func() time.Time
 	// Drops is where the VTEP counts what belongs to no peer; nil gives it its own.
@@ -71,7 +72,7 @@ func Listen(cfg Config) (*VTEP, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
-	sock, err := udp.Listen(udp.Config{Listen: cfg.Listen, Ports: cfg.Ports, Buffer: cfg.Buffer, NoCut: cfg.NoCut, NoJoin: cfg.NoJoin, Now: cfg.Now})
+	sock, err := udp.Listen(udp.Config{Listen: cfg.Listen, Ports: cfg.Ports, Buffer: cfg.Buffer, NoCut: cfg.NoCut, NoJoin: cfg.NoJoin, Spin: cfg.Spin, Now: cfg.Now})
 	if err != nil {
 		return nil, fmt.Errorf("tunnel: %w", err)
 	}

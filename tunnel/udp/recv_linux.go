@@ -5,11 +5,13 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"patchbay/internal/mmsg"
+	"patchbay/internal/spin"
 )
 
 // Sizes of one receive.
@@ -58,15 +60,19 @@ func (s *Socket) Serve(ctx context.Context, h Handler) error {
 	defer s.endServe()
 	defer context.AfterFunc(ctx, s.interrupt)()
 	r := newReceiver(s)
+	var sp spin.Spinner
 	for !s.stop.Load() {
 		more, errno := r.fill()
 		if len(r.ts) > 0 {
+			sp.Found()
 			h.Receive(r.ts)
 		}
-		if errno != 0 {
+		switch {
+		case errno != 0:
 			return fmt.Errorf("receive on %v: %w", s.local, errno)
-		}
-		if !more {
+		case more, sp.Again(s.cfg.Spin):
+			runtime.Gosched() // whom Receive has made runnable runs now, on this thread
+		default:
 			if err := s.wait(); err != nil {
 				return fmt.Errorf("receive on %v: %w", s.local, err)
 			}
