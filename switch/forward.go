@@ -10,10 +10,10 @@ import (
 // maxBatch bounds the scratch of an Ingress: longer batches are forwarded in pieces.
 const maxBatch = 256
 
-// Verdicts below zero; others are the index of the one port the frame goes to.
+// Verdicts below zero are verdictFlood, and below that dropped: verdictDropped less the reason. Others are the index of the one port the frame goes to.
 const (
-	verdictDropped int32 = -1
-	verdictFlood   int32 = -2
+	verdictFlood   int32 = -1
+	verdictDropped int32 = -2
 )
 
 // Ingress is where one receiving goroutine hands over what it has read from one port. It implements frame.Sink, and belongs to one
@@ -66,9 +66,11 @@ func (in *Ingress) forward(fs []frame.Frame) {
 	}
 	in.prepare(set)
 	uniform := in.classify(fs)
-	// An observer (capture) belongs here: it sees fs and in.verdicts[:len(fs)], before anything is sent.
+	if o := in.s.observers.Load(); o != nil {
+		in.observe(*o, fs)
+	}
 	switch v := in.verdicts[0]; {
-	case uniform && v == verdictDropped:
+	case uniform && v < verdictFlood:
 	case uniform && v == verdictFlood:
 		in.sendFlood(fs)
 	case uniform:
@@ -105,7 +107,7 @@ func (in *Ingress) classify(fs []frame.Frame) (uniform bool) {
 	bytes := 0
 	// Frames of one flow come in a row: what was found out about the last pair of addresses holds for the next frame.
 	var last [12]byte
-	known := verdictDropped
+	known := verdictFlood
 	bind := in.p.bind.Load()
 	for i := range fs {
 		f := &fs[i]
@@ -116,8 +118,7 @@ func (in *Ingress) classify(fs []frame.Frame) (uniform bool) {
 			v = in.drop(frame.DropMalformed)
 		case !in.p.rate.take(in.now, len(f.Data)):
 			v = in.drop(frame.DropRate)
-		case bind != nil && in.spoofed(bind, f):
-			v = verdictDropped
+		case bind != nil && in.spoofed(bind, f, &v):
 		case known < 0 || [12]byte(f.Data) != last:
 			// Not beyond a frame of another pair: it may have moved an address.
 			v = in.verdict(f.Data, bind)
@@ -135,10 +136,10 @@ func (in *Ingress) classify(fs []frame.Frame) (uniform bool) {
 }
 
 // spoofed drops a frame that claims what is not the port's.
-func (in *Ingress) spoofed(bind *binding, f *frame.Frame) bool {
+func (in *Ingress) spoofed(bind *binding, f *frame.Frame, v *int32) bool {
 	why, bad := bind.check(f.Data, f.Superframe())
 	if bad {
-		in.drop(why)
+		*v = in.drop(why)
 	}
 	return bad
 }
@@ -192,7 +193,7 @@ func (in *Ingress) admitFlood() int32 {
 
 func (in *Ingress) drop(why frame.Drop) int32 {
 	in.p.rx.drops.Add(why, 1)
-	return verdictDropped
+	return verdictDropped - int32(why)
 }
 
 // group chains the frames of each unicast verdict and collects those to flood.

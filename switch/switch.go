@@ -48,6 +48,8 @@ type Switch struct {
 	ports atomic.Pointer[portSet]
 	fdb   fdb
 
+	observers atomic.Pointer[[]*observer] // nil: none
+
 	mu        sync.Mutex // of the control plane; never taken by Forward
 	byID      map[PortID]*port
 	ingresses map[PortID][]*Ingress

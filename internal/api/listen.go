@@ -22,6 +22,20 @@ const backlog = 1024
 // Listen makes the node's socket at path: mode 0600 from the first moment, in a directory that is made with mode 0700 when there is none. The socket of a node
 // that has died is replaced. A live one is CodeConflict, and names its process. What is no socket stays. Closing the listener removes the socket.
 func Listen(path string) (*net.UnixListener, error) {
+	return listen(path, "--socket", func(who, path string) error {
+		return Errorf(CodeConflict, "use --takeover to replace it, or another --socket", "a node is running already%s at %s", who, path)
+	})
+}
+
+// ListenStream is Listen for the socket of a virtual machine.
+func ListenStream(path string) (*net.UnixListener, error) {
+	return listen(path, "--stream", func(who, path string) error {
+		return Errorf(CodeConflict, "choose another with --stream", "socket %s: somebody listens there already%s", path, who)
+	})
+}
+
+// listen does the work. flag is what the person can change, live the error for a socket that somebody listens on.
+func listen(path, flag string, live func(who, path string) error) (*net.UnixListener, error) {
 	path, err := filepath.Abs(path) // a leading @ would be another name space
 	if err != nil {
 		return nil, fmt.Errorf("socket %q: %w", abbreviate(path), err)
@@ -31,14 +45,14 @@ func Listen(path string) (*net.UnixListener, error) {
 	}
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, Errorf(CodeInvalid, "choose a place you can write to with --socket", "socket %s: %w", path, err)
+		return nil, Errorf(CodeInvalid, "choose a place you can write to with "+flag, "socket %s: %w", path, err)
 	}
-	unlock, err := lockDir(dir)
+	unlock, err := lockDir(dir, flag)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if err := clearPath(path); err != nil {
+	if err := clearPath(path, flag, live); err != nil {
 		return nil, err
 	}
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
@@ -50,16 +64,16 @@ func Listen(path string) (*net.UnixListener, error) {
 	}}
 	l, err := lc.Listen(context.Background(), "unix", path)
 	if err != nil {
-		return nil, Errorf(CodeInvalid, "choose a place you can write to with --socket", "socket %s: %w", path, err)
+		return nil, Errorf(CodeInvalid, "choose a place you can write to with "+flag, "socket %s: %w", path, err)
 	}
 	return l.(*net.UnixListener), nil
 }
 
 // lockDir keeps two nodes that start at once from each removing the other's socket. It refuses a directory in which others could put a socket of theirs.
-func lockDir(dir string) (unlock func(), err error) {
+func lockDir(dir, flag string) (unlock func(), err error) {
 	f, err := os.Open(dir)
 	if err != nil {
-		return nil, Errorf(CodeInvalid, "choose a directory of yours with --socket", "socket: %w", err)
+		return nil, Errorf(CodeInvalid, "choose a directory of yours with "+flag, "socket: %w", err)
 	}
 	defer func() {
 		if err != nil {
@@ -73,7 +87,7 @@ func lockDir(dir string) (unlock func(), err error) {
 	st := fi.Sys().(*syscall.Stat_t)
 	foreign := st.Uid != 0 && int(st.Uid) != os.Geteuid()
 	if foreign || fi.Mode()&fs.ModeSticky == 0 && fi.Mode().Perm()&0o002 != 0 {
-		return nil, Errorf(CodeInvalid, "choose a directory of yours with --socket, or chmod o-w it", "socket: others could replace what is in %s (%v, owner %s)", dir, fi.Mode(), userName(int(st.Uid)))
+		return nil, Errorf(CodeInvalid, "choose a directory of yours with "+flag+", or chmod o-w it", "socket: others could replace what is in %s (%v, owner %s)", dir, fi.Mode(), userName(int(st.Uid)))
 	}
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
@@ -81,21 +95,21 @@ func lockDir(dir string) (unlock func(), err error) {
 		case err == nil:
 			return func() { f.Close() }, nil
 		case !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR), time.Now().After(deadline):
-			return nil, Errorf(CodeUnavailable, "try again, or choose another directory with --socket", "socket: lock %s: %w", dir, err)
+			return nil, Errorf(CodeUnavailable, "try again, or choose another directory with "+flag, "socket: lock %s: %w", dir, err)
 		}
 	}
 }
 
 // clearPath removes a socket that nobody listens on.
-func clearPath(path string) error {
+func clearPath(path, flag string, live func(who, path string) error) error {
 	fi, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case err != nil:
-		return Errorf(CodeInvalid, "choose another with --socket", "socket: %w", err)
+		return Errorf(CodeInvalid, "choose another with "+flag, "socket: %w", err)
 	case fi.Mode()&fs.ModeSocket == 0:
-		return Errorf(CodeInvalid, "choose another with --socket", "socket %s: something that is no socket is there", path)
+		return Errorf(CodeInvalid, "choose another with "+flag, "socket %s: something that is no socket is there", path)
 	}
 	c, err := net.DialTimeout("unix", path, 5*time.Second)
 	switch {
@@ -105,12 +119,12 @@ func clearPath(path string) error {
 		if p, err := PeerOf(c.(*net.UnixConn)); err == nil && p.PID != 0 {
 			who = fmt.Sprintf(" (pid %d)", p.PID)
 		}
-		return Errorf(CodeConflict, "use --takeover to replace it, or another --socket", "a node is running already%s at %s", who, path)
+		return live(who, path)
 	case !errors.Is(err, unix.ECONNREFUSED):
-		return Errorf(CodeConflict, "choose another with --socket", "socket %s is in use, or another user's: %w", path, err)
+		return Errorf(CodeConflict, "choose another with "+flag, "socket %s is in use, or another user's: %w", path, err)
 	}
 	if err := os.Remove(path); err != nil {
-		return Errorf(CodeInvalid, "remove it, or choose another with --socket", "socket of a node that has died: %w", err)
+		return Errorf(CodeInvalid, "remove it, or choose another with "+flag, "socket of a node that has died: %w", err)
 	}
 	return nil
 }
@@ -166,6 +180,15 @@ func PeerOf(c *net.UnixConn) (Peer, error) {
 		return Peer{}, fmt.Errorf("SO_PEERCRED: %w", err)
 	}
 	return Peer{PID: int(cred.Pid), UID: int(cred.Uid)}, nil
+}
+
+// Admit is nil when the process at the other end of c is the node's own user's, or root's.
+func Admit(c *net.UnixConn) error {
+	p, err := PeerOf(c)
+	if err != nil {
+		return err
+	}
+	return checkPeer(p, os.Getuid())
 }
 
 // checkPeer lets the node's own user and root in.

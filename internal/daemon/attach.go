@@ -5,8 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,6 +17,7 @@ import (
 	"patchbay/internal/api"
 	"patchbay/internal/netns"
 	"patchbay/internal/node"
+	"patchbay/internal/wire"
 	"patchbay/nat"
 	"patchbay/tap"
 )
@@ -24,6 +28,8 @@ type attachment struct {
 	node     *Node
 	network  *network
 	lifetime api.Lifetime
+	asked    api.AttachmentSpec // as it was first asked for, and so what may change
+	serving  sync.WaitGroup     // of listener
 
 	// Guarded by Node.mu.
 	rec       attachmentRecord
@@ -32,7 +38,8 @@ type attachment struct {
 	queues    int           // of its device
 	detached  chan struct{} // closed when it is being taken away
 	going     bool
-	session   int // which Attaching is its client's now: one that has been replaced has no say any more
+	listener  *net.UnixListener // of LifetimeStream
+	session   int               // which Attaching is its client's now: one that has been replaced has no say any more
 }
 
 // attachConfig is what the room below wants to know.
@@ -67,7 +74,7 @@ func (n *Node) reserve(ctx context.Context, nw *network, rec attachmentRecord) (
 	if err != nil {
 		return nil, refuse(api.CodeInvalid, err)
 	}
-	a := &attachment{Attachment: live, node: n, network: nw, lifetime: rec.Lifetime, rec: rec, detached: make(chan struct{})}
+	a := &attachment{Attachment: live, node: n, network: nw, lifetime: rec.Lifetime, asked: rec.AttachmentSpec, rec: rec, detached: make(chan struct{})}
 	a.rec.Name, a.rec.Addrs, a.rec.MAC = live.Name(), live.Addrs(), live.MAC()
 	n.mu.Lock()
 	nw.attachments[live.Name()] = a
@@ -246,6 +253,11 @@ func (a *attachment) up() error {
 	n.mu.Lock()
 	rec := a.rec
 	rec.MAC, rec.Addrs = a.MAC(), a.Addrs()
+	if a.lifetime == api.LifetimeStream && !a.fixedMAC() {
+		// The next machine may be another one, with another MAC and an IPv6 address made of that.
+		rec.MAC = wire.MAC{}
+		rec.Addrs = slices.DeleteFunc(rec.Addrs, func(addr netip.Addr) bool { return addr.Is6() && !slices.Contains(a.asked.Addrs, addr) })
+	}
 	n.mu.Unlock()
 	if err := n.state.put(attachmentBucket, attachmentKey(a.network.rec.Name, rec.Name), rec); err != nil {
 		return err
@@ -257,7 +269,9 @@ func (a *attachment) up() error {
 		return api.Errorf(api.CodeConflict, "attach it again", "attachment %q was detached meanwhile", rec.Name)
 	}
 	a.rec, a.since = rec, time.Now()
-	n.background.Go(func() { a.watch(lost) })
+	if a.lifetime != api.LifetimeStream { // whose socket outlives a machine
+		n.background.Go(func() { a.watch(lost) })
+	}
 	return nil
 }
 
@@ -313,6 +327,13 @@ func (a *attachment) remove() error {
 		err = a.ClearPersist() // so that the interface goes with its last descriptor
 	}
 	err = errors.Join(err, a.Close())
+	n.mu.Lock()
+	l := a.listener
+	n.mu.Unlock()
+	if l != nil {
+		l.Close()
+		a.serving.Wait()
+	}
 	a.reading(0)
 	n.mu.Lock()
 	delete(nw.attachments, a.Name())

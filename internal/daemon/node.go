@@ -130,6 +130,11 @@ func (n *Node) Close() error {
 	n.mu.Unlock()
 	n.cancel()
 	n.background.Wait()
+	for _, nw := range nets {
+		for _, a := range nw.attachments { // nobody adds any more
+			a.serving.Wait()
+		}
+	}
 	var errs []error
 	for _, nw := range nets {
 		errs = append(errs, nw.Shutdown())

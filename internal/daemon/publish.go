@@ -3,6 +3,7 @@ package daemon
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
 	"strings"
 
@@ -93,6 +94,24 @@ func (n *Node) unpublish(p *publish) {
 			n.log.Warn("unpublish", "ports", p.rec.Spec, "error", err)
 		}
 	}
+}
+
+// republish leads the ports to where the attachment's addresses are now. Ports that cannot be opened again say so in the list.
+func (n *Node) republish(p *publish) {
+	s, err := nat.ParseSpec(p.rec.Spec)
+	if err != nil {
+		return // it was parsed before
+	}
+	if p.live != nil {
+		err = p.a.Unpublish(p.live)
+	}
+	live, perr := p.a.Attachment.Publish(s)
+	if err = errors.Join(err, perr); err != nil {
+		n.log.Warn("published ports are not open", "name", p.a.Name(), "ports", p.rec.Spec, "error", err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	p.live, p.err = live, err
 }
 
 // save writes a down as it is, if it is on disk at all.

@@ -78,6 +78,12 @@ func (n *Node) restoreAttachment(ctx context.Context, nw *network, rec attachmen
 	switch rec.Lifetime {
 	case api.LifetimeSession:
 		n.background.Go(func() { n.awaitHolder(a) })
+	case api.LifetimeStream:
+		l, err := api.ListenStream(rec.Stream)
+		if err != nil {
+			return nil, errors.Join(err, a.remove())
+		}
+		n.listenStream(a, l)
 	}
 	return a, nil
 }

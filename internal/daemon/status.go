@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"patchbay/internal/api"
+	"patchbay/internal/capture"
 	"patchbay/internal/node"
 )
 
@@ -162,12 +163,15 @@ func (n *Node) Drops(name string) ([]api.DropCount, error) {
 	return out, nil
 }
 
-// AttachStream implements api.Backend.
-func (n *Node) AttachStream(context.Context, string, api.AttachmentSpec) (api.Attachment, error) {
-	return api.Attachment{}, api.Errorf(api.CodeUnavailable, "", "not yet")
-}
-
 // Capture implements api.Backend.
-func (n *Node) Capture(string, api.CaptureSpec) (func(context.Context, io.Writer) error, error) {
-	return nil, api.Errorf(api.CodeUnavailable, "", "not yet")
+func (n *Node) Capture(network string, spec api.CaptureSpec) (func(ctx context.Context, w io.Writer) error, error) {
+	nw, err := n.lookup(network)
+	if err != nil {
+		return nil, err
+	}
+	c, err := nw.Capture(spec.Attachment, capture.Config{Filter: spec.Filter, SnapLen: spec.SnapLen, MaxFrames: spec.Count})
+	if err != nil {
+		return nil, refuse(api.CodeInvalid, err)
+	}
+	return c.Run, nil
 }

@@ -256,14 +256,42 @@ type Serving interface {
 	Serve(ctx context.Context, sink frame.Sink) error
 }
 
-// PlugServing plugs a device of another kind. mac is bound to the port when the attachment has none yet. It takes dev over, on error too.
-func (a *Attachment) PlugServing(dev Serving, mac wire.MAC) error {
+// Adopt gives an attachment of LateMAC the MAC of its machine, and unless an IPv6 address was asked for the one that the machine makes of its MAC and a /64 (RFC 4862 §5.5.3), since it
+// will use no other. It must not be plugged.
+func (a *Attachment) Adopt(ctx context.Context, mac wire.MAC) error {
 	n := a.network
-	n.mu.Lock()
-	if a.mac.IsZero() {
-		a.mac = mac
+	addrs := a.Addrs()
+	for i, pool := range n.pools {
+		p := pool.Prefix()
+		if !p.Addr().Is6() || p.Bits() != 64 || slices.ContainsFunc(a.cfg.Addrs, p.Contains) {
+			continue
+		}
+		b, id := p.Addr().As16(), wire.LinkLocal(mac).As16()
+		copy(b[8:], id[8:])
+		own := netip.AddrFrom16(b)
+		if own == addrs[i] {
+			continue
+		}
+		if err := pool.Release(ctx, a.name); err != nil {
+			return err
+		}
+		rec, err := pool.Lease(ctx, ipam.Request{Attachment: a.name, MAC: mac, Hostname: a.name, Addr: own})
+		if err != nil { // somebody has it: any other is as good as none
+			if rec, err = pool.Lease(ctx, ipam.Request{Attachment: a.name, MAC: mac, Hostname: a.name}); err != nil {
+				return err
+			}
+		}
+		addrs[i] = rec.Addr
 	}
-	n.mu.Unlock()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	a.mac, a.addrs = mac, addrs
+	return nil
+}
+
+// PlugServing plugs a device of another kind. It takes dev over, on error too.
+func (a *Attachment) PlugServing(dev Serving) error {
+	n := a.network
 	return a.plug(dev, tap.Info{MAC: a.mac, MTU: n.cfg.MTU}, func(l *link, ctx context.Context) error {
 		sink := a.sink(l.port)
 		l.serving.Go(func() { a.ended(l, ctx, 0, dev.Serve(ctx, sink)) })

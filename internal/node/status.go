@@ -1,6 +1,7 @@
 package node
 
 import (
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -8,6 +9,7 @@ import (
 	"time"
 
 	"patchbay/frame"
+	"patchbay/internal/capture"
 	"patchbay/internal/wire"
 	"patchbay/nat"
 	vswitch "patchbay/switch"
@@ -143,4 +145,20 @@ func (a *Attachment) Status() (st AttachmentStatus) {
 		st.Traffic = portStatus(a.name, s)
 	}
 	return st
+}
+
+// Capture prepares a capture of the whole network, or of one port: an attachment's by its name, or the gateway's. c.Switch and c.Port are filled in.
+func (n *Network) Capture(port string, c capture.Config) (*capture.Capture, error) {
+	c.Switch = n.sw
+	if port != "" {
+		for _, p := range n.sw.Ports() {
+			if p.Config.Name == strings.ToLower(port) {
+				c.Port = p.ID
+			}
+		}
+		if c.Port == 0 {
+			return nil, fmt.Errorf("network %q has no port %.70q now; attach it first", n.cfg.Name, port)
+		}
+	}
+	return capture.New(c)
 }
