@@ -95,7 +95,7 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 // collectNetwork shows what takes a question of its own; a network that was removed since the list was made has no answers.
 func (c *collector) collectNetwork(name string, gauge func(*prometheus.Desc, int, ...string), count func(*prometheus.Desc, uint64, ...string)) {
 	if l, err := c.b.Attachments(name); err == nil {
-		states := map[State]int{StateUp: 0, StateWaiting: 0}
+		states := map[State]int{StateUp: 0, StateLeaving: 0, StateWaiting: 0}
 		for _, a := range l {
 			states[a.State]++
 		}

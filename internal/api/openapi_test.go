@@ -236,7 +236,7 @@ var scalarTypes = map[string]struct {
 	"MAC":       {reflect.TypeFor[wire.MAC](), nil},
 	"Time":      {reflect.TypeFor[time.Time](), nil},
 	"Lifetime":  {reflect.TypeFor[Lifetime](), []string{string(LifetimeSession), string(LifetimeNamespace), string(LifetimeStream)}},
-	"State":     {reflect.TypeFor[State](), []string{string(StateUp), string(StateWaiting)}},
+	"State":     {reflect.TypeFor[State](), []string{string(StateUp), string(StateLeaving), string(StateWaiting)}},
 	"EventKind": {reflect.TypeFor[EventKind](), []string{string(EventUp), string(EventError), string(EventDetached)}},
 	"Code":      {reflect.TypeFor[Code](), asStrings(codes)},
 }

@@ -191,6 +191,7 @@ type State string
 // The states.
 const (
 	StateUp      State = "up"      // frames flow
+	StateLeaving State = "leaving" // it is being taken away; when it is gone, its name, addresses and ports are free
 	StateWaiting State = "waiting" // for its client to come back after a restart of the node, or for its virtual machine
 )
 

@@ -203,8 +203,7 @@ func (t *attaching) Plug(_ context.Context, d api.Device) (api.Attachment, error
 		return api.Attachment{}, err
 	}
 	t.plugged = true
-	at, _ := n.describe(a)
-	return at, nil
+	return n.describe(a), nil
 }
 
 // Abort implements api.Attaching.

@@ -106,6 +106,7 @@ func New(ctx context.Context, cfg Config) (_ *Node, err error) {
 	if err := n.restore(ctx); err != nil {
 		return nil, err
 	}
+	n.background.Go(n.watchNamespaces)
 	return n, nil
 }
 

@@ -85,9 +85,7 @@ func (n *Node) Attachments(name string) ([]api.Attachment, error) {
 		as := slices.SortedFunc(maps.Values(nw.attachments), func(a, b *attachment) int { return strings.Compare(a.Name(), b.Name()) })
 		n.mu.Unlock()
 		for _, a := range as {
-			if at, ok := n.describe(a); ok {
-				out = append(out, at)
-			}
+			out = append(out, n.describe(a))
 		}
 	}
 	return out, nil
@@ -99,12 +97,11 @@ func (n *Node) Attachment(network, name string) (api.Attachment, error) {
 	if err != nil {
 		return api.Attachment{}, err
 	}
-	at, _ := n.describe(a)
-	return at, nil
+	return n.describe(a), nil
 }
 
-// describe is a for the API; false when it is being taken away.
-func (n *Node) describe(a *attachment) (api.Attachment, bool) {
+// describe is a for the API.
+func (n *Node) describe(a *attachment) api.Attachment {
 	live := a.Status() // before Node.mu, since it waits for a plug that is under way
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -122,10 +119,13 @@ func (n *Node) describe(a *attachment) (api.Attachment, bool) {
 	if live.Plugged {
 		out.State, out.Port, out.Caps, out.Traffic = api.StateUp, live.Port, live.Caps, describePort(live.Traffic)
 	}
+	if a.going {
+		out.State = api.StateLeaving
+	}
 	for _, p := range a.publishes {
 		out.Publish = append(out.Publish, p.describe())
 	}
-	return out, !a.going
+	return out
 }
 
 // FDB implements api.Backend.

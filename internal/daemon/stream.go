@@ -46,8 +46,7 @@ func (n *Node) AttachStream(ctx context.Context, network string, spec api.Attach
 	if err := n.state.put(attachmentBucket, attachmentKey(nw.rec.Name, a.Name()), a.rec); err != nil {
 		return undo(err)
 	}
-	at, _ := n.describe(a)
-	return at, nil
+	return n.describe(a), nil
 }
 
 // listenStream serves one virtual machine after the other that connects to l, until the attachment or the node ends. A second one waits for the first to go.
