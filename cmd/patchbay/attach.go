@@ -175,7 +175,7 @@ func attachNamespace(ctx context.Context, client *api.Client, network string, sp
 	}
 	h := hs[0]
 	defer h.Close()
-	at, err := s.Up(api.Device{Info: h.Info, Notes: append(notes, h.Notes...), PID: spec.PID, Identity: &id, FDs: h.FDs})
+	at, err := s.Up(api.Device{Info: h.Info, Notes: notes, PID: spec.PID, Identity: &id, FDs: h.FDs})
 	if err != nil {
 		err = errors.Join(err, forget(h))
 	}
