@@ -22,6 +22,7 @@ type daemonProc struct {
 	t      *testing.T
 	dir    string
 	args   []string
+	login  *testbed.Login // whose it is; nil: some ordinary user's
 	cmd    *exec.Cmd
 	stderr *lockedBuffer
 }
@@ -47,7 +48,13 @@ func (l *lockedBuffer) String() string {
 // startDaemon starts one with a state directory of its own.
 func startDaemon(t *testing.T, args ...string) *daemonProc {
 	t.Helper()
-	d := &daemonProc{t: t, dir: t.TempDir(), args: args, stderr: &lockedBuffer{}}
+	return startDaemonOf(t, nil, args...)
+}
+
+// startDaemonOf starts one for a user who is logged in.
+func startDaemonOf(t *testing.T, login *testbed.Login, args ...string) *daemonProc {
+	t.Helper()
+	d := &daemonProc{t: t, dir: t.TempDir(), args: args, login: login, stderr: &lockedBuffer{}}
 	if err := os.Chmod(d.dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +83,7 @@ func (d *daemonProc) start(more ...string) {
 func (d *daemonProc) launch(more ...string) {
 	d.t.Helper()
 	args := append([]string{"daemon", "--socket", d.socket(), "--state-dir", filepath.Join(d.dir, "state"), "-v"}, d.args...)
-	d.cmd = patchbay(d.t, append(args, more...)...)
+	d.cmd = d.patchbay(append(args, more...)...)
 	d.cmd.Stderr = d.stderr
 	if err := d.cmd.Start(); err != nil {
 		d.t.Fatal(err)
@@ -99,10 +106,20 @@ func (d *daemonProc) end(sig syscall.Signal) {
 
 func (d *daemonProc) client() *api.Client { return api.NewClient(d.socket()) }
 
+// patchbay is the binary as the daemon's user starts it.
+func (d *daemonProc) patchbay(args ...string) *exec.Cmd {
+	d.t.Helper()
+	if d.login == nil {
+		return patchbay(d.t, args...)
+	}
+	testbed.RequireTUN(d.t)
+	return d.login.As(exec.Command(testbed.Build(d.t), args...))
+}
+
 // command is `patchbay ARGS…` that talks to this daemon.
 func (d *daemonProc) command(args ...string) *exec.Cmd {
 	d.t.Helper()
-	cmd := patchbay(d.t, args...)
+	cmd := d.patchbay(args...)
 	cmd.Env = append(os.Environ(), "PATCHBAY_SOCKET="+d.socket())
 	return cmd
 }

@@ -49,6 +49,38 @@ func ordinaryInNS(cmd *exec.Cmd) *exec.Cmd {
 	return cmd
 }
 
+// Login is an ordinary user, as AsOrdinaryUser's commands are, with one user namespace for all that he starts: so he owns the namespaces that his programs make, as a
+// user of a machine does, and may enter them from another program of his.
+type Login struct {
+	holder *exec.Cmd
+	in     []string // the command that enters
+}
+
+// NewLogin logs a user in until the test ends.
+func NewLogin(t testing.TB) *Login {
+	t.Helper()
+	Require(t)
+	l := &Login{holder: AsOrdinaryUser(exec.Command(Tool(t, "sleep"), "1000000"))}
+	if err := l.holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	l.in = []string{Tool(t, "nsenter"), fmt.Sprintf("--user=/proc/%d/ns/user", l.holder.Process.Pid), "--preserve-credentials", "--"}
+	t.Cleanup(func() {
+		_ = l.holder.Process.Kill() // Wait tells of nothing else
+		_ = l.holder.Wait()
+	})
+	return l
+}
+
+// As makes cmd run as the user. It returns cmd, whose process it becomes.
+func (l *Login) As(cmd *exec.Cmd) *exec.Cmd {
+	if cmd.Err == nil {
+		cmd.Args = append(append([]string{}, l.in...), append([]string{cmd.Path}, cmd.Args[1:]...)...)
+		cmd.Path = l.in[0]
+	}
+	return cmd
+}
+
 // Tool is the path of a program that a test needs. Where it is not installed, t skips, or fails when REQUIRE_NETNS=1.
 func Tool(t testing.TB, name string) string {
 	t.Helper()
