@@ -16,6 +16,12 @@
 // true client; a client on the host itself is seen as the gateway. The kernel accepts before the container is asked, so a refusal by the
 // container is seen by the client as a reset after connect.
 //
+// # After a crash
+//
+// A process that is killed says nothing to anybody. The kernel closes its host sockets, so that the far ends know; the containers are told by the next process. A Journal is a file in which a NAT notes its
+// TCP flows by stores into a shared mapping; ResetOrphans has a container's own TCP tell its sequence numbers and answers with a reset (orphan.go). UDP flows start anew with the next
+// datagram from the container.
+//
 // # Policy
 //
 // policy.go is the one place that decides where a container may go. The host's loopback is closed by every spelling (127/8, ::1, 0.0.0.0, ::,
@@ -39,6 +45,6 @@
 //
 // # References
 //
-// RFC 5382 (TCP through NAT), RFC 4787 (UDP), RFC 5508 (ICMP), RFC 6052 (IPv4 in IPv6), RFC 3056 (6to4), RFC 4380 (Teredo), RFC 5214 (ISATAP),
+// RFC 5382 (TCP through NAT), RFC 5961 and 9293 §3.10.7 (what a segment out of window is answered with), RFC 4787 (UDP), RFC 5508 (ICMP), RFC 6052 (IPv4 in IPv6), RFC 3056 (6to4), RFC 4380 (Teredo), RFC 5214 (ISATAP),
 // tcp(7), epoll(7), Linux net/ipv4/af_inet.c (__inet_stream_connect).
 package nat

@@ -13,6 +13,7 @@ const forgetWait = time.Second
 // is gone: call it for each of its addresses once nothing more comes from there and before the address goes to another. Published ports stay open;
 // close them first. Idempotent. It may wait for a handler of the loops, at most for a second, and must not be called on a loop.
 func (n *NAT) Forget(a netip.Addr) {
+	n.journal.forget(a)
 	// Whoever sets a flow up holds a quota from its first step on, also while it is on no list: so this is over when none is held.
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
 		n.tcp.forget(a)

@@ -35,6 +35,9 @@ type Config struct {
 	Drops *frame.DropCounters
 	// Logger gets state changes. Default: none.
 	Logger *slog.Logger
+	// Journal notes TCP flows so that they can be reset for their containers after a crash; see ResetOrphans. It serves this NAT alone and is the caller's to close,
+	// after NAT.Close. Default: none.
+	Journal *Journal
 	// Clock is the time that idle timeouts and caches go by. Default: time.Now.
 	Clock func() time.Time
 }
@@ -139,6 +142,8 @@ type NAT struct {
 	icmp *icmpNAT
 
 	openUDP bool // Config.OpenUDP
+	journal *Journal
+	probes  pacer // of orphans
 
 	pubMu     sync.Mutex
 	published map[*Published]struct{}
@@ -153,7 +158,8 @@ func New(cfg Config) (*NAT, error) {
 	if cfg.Network == nil {
 		return nil, errors.New("nat: Config.Network is nil; give the gateway")
 	}
-	n := &NAT{net: cfg.Network, limits: cfg.Limits.withDefaults(), drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock, openUDP: cfg.OpenUDP, published: make(map[*Published]struct{})}
+	n := &NAT{net: cfg.Network, limits: cfg.Limits.withDefaults(), drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock, openUDP: cfg.OpenUDP, published: make(map[*Published]struct{}),
+		journal: cfg.Journal, probes: pacer{every: time.Second / probesPerSecond}}
 	if n.drops == nil {
 		n.drops = new(frame.DropCounters)
 	}

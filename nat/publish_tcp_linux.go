@@ -3,6 +3,7 @@ package nat
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 
 	"golang.org/x/sys/unix"
@@ -149,7 +150,8 @@ func (l *tcpListener) serve(fd int, client netip.AddrPort) {
 			refuse()
 			return
 		}
-		if f := t.newFlow(t.pubFlows, container, fd, conn); f != nil {
+		slot := n.journal.put(addrPortOf(conn.RemoteAddr()), addrPortOf(conn.LocalAddr()), n.now())
+		if f := t.newFlow(t.pubFlows, container, fd, conn, slot); f != nil {
 			f.start(false)
 		}
 	})
@@ -158,6 +160,14 @@ func (l *tcpListener) serve(fd int, client netip.AddrPort) {
 		t.pubFlows.give(container)
 		refuse()
 	}
+}
+
+// addrPortOf is the address of one side of a TCP connection.
+func addrPortOf(a net.Addr) netip.AddrPort {
+	if a, ok := a.(*net.TCPAddr); ok {
+		return a.AddrPort()
+	}
+	return netip.AddrPort{}
 }
 
 // inwardDial is a dial into the network that is under way.

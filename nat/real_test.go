@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync"
 	"testing"
 	"time"
 
@@ -24,8 +25,14 @@ import (
 type network struct {
 	*NAT
 	gw *stack.Gateway
+	sw *vswitch.Switch
 	cs []*peer
+
+	port vswitch.PortID // of gw
+	stop func()         // ends NAT and gateway
 }
+
+var own4, own6 = netip.MustParseAddr("10.88.0.1"), netip.MustParseAddr("fd00:88::1")
 
 // peer is a container.
 type peer struct {
@@ -41,49 +48,10 @@ func (l *late) HandleTCP(r stack.TCPRequest) { l.n.HandleTCP(r) }
 func newNetwork(t testing.TB, containers int, cfg Config) *network {
 	t.Helper()
 	testbed.RequireTUN(t)
-	sub4, sub6 := netip.MustParsePrefix("10.88.0.0/16"), netip.MustParsePrefix("fd00:88::/64")
-	own4, own6 := netip.MustParseAddr("10.88.0.1"), netip.MustParseAddr("fd00:88::1")
-	l := new(late)
-	drops := new(frame.DropCounters)
-	udp, icmp := new(latePackets), new(latePackets)
-	gw, err := stack.New(stack.Config{
-		MAC:         wire.MAC{2, 0, 0x5e, 0, 0, 1},
-		Addrs:       []netip.Prefix{netip.PrefixFrom(own4, 16), netip.PrefixFrom(own6, 64)},
-		HostAliases: []netip.Addr{netip.MustParseAddr("10.88.0.2"), netip.MustParseAddr("fd00:88::2")},
-		Handlers:    stack.Handlers{TCP: l, UDP: udp, ICMP: icmp},
-		Drops:       drops,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.Network, cfg.Subnets = gw, []netip.Prefix{sub4, sub6}
-	n, err := New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.n, udp.h, icmp.h = n, n.UDP(), n.ICMP()
-	sw := vswitch.New(vswitch.Config{})
-	port, err := sw.AddPort(gw, vswitch.PortConfig{Name: "gateway"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	gw.Connect(func() frame.Sink { return sw.Ingress(port) })
+	nw := &network{sw: vswitch.New(vswitch.Config{})}
+	nw.addGateway(t, cfg)
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- n.Run(ctx) }()
-	nw := &network{NAT: n, gw: gw}
-	t.Cleanup(func() {
-		n.Close()
-		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("Run: %v", err)
-		}
-		if s := n.Stats(); s.held() != 0 {
-			t.Errorf("after Close: %+v", s)
-		}
-		sw.RemovePort(port)
-		gw.Close()
-	})
+	t.Cleanup(cancel)
 	for i := range containers {
 		c := &peer{NS: testbed.NewNS(t, fmt.Sprintf("c%d", i))}
 		c.addr4 = netip.AddrFrom4([4]byte{10, 88, 0, byte(10 + i)})
@@ -107,20 +75,72 @@ func newNetwork(t testing.TB, containers int, cfg Config) *network {
 		if err != nil {
 			t.Fatal(err)
 		}
-		id, err := sw.AddPort(d, vswitch.PortConfig{Name: fmt.Sprintf("c%d", i), MAC: h.MAC})
+		id, err := nw.sw.AddPort(d, vswitch.PortConfig{Name: fmt.Sprintf("c%d", i), MAC: h.MAC})
 		if err != nil {
 			t.Fatal(err)
 		}
 		served := make(chan error, 1)
-		go func() { served <- d.Serve(ctx, 0, sw.Ingress(id)) }()
+		go func() { served <- d.Serve(ctx, 0, nw.sw.Ingress(id)) }()
 		t.Cleanup(func() {
-			sw.RemovePort(id)
+			nw.sw.RemovePort(id)
 			d.Close()
 			<-served
 		})
 		nw.cs = append(nw.cs, c)
 	}
 	return nw
+}
+
+// addGateway puts a gateway with a NAT on the network.
+func (nw *network) addGateway(t testing.TB, cfg Config) {
+	t.Helper()
+	l := new(late)
+	udp, icmp := new(latePackets), new(latePackets)
+	gw, err := stack.New(stack.Config{
+		MAC:         wire.MAC{2, 0, 0x5e, 0, 0, 1},
+		Addrs:       []netip.Prefix{netip.PrefixFrom(own4, 16), netip.PrefixFrom(own6, 64)},
+		HostAliases: []netip.Addr{netip.MustParseAddr("10.88.0.2"), netip.MustParseAddr("fd00:88::2")},
+		Handlers:    stack.Handlers{TCP: l, UDP: udp, ICMP: icmp},
+		Drops:       new(frame.DropCounters),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Network, cfg.Subnets = gw, []netip.Prefix{netip.MustParsePrefix("10.88.0.0/16"), netip.MustParsePrefix("fd00:88::/64")}
+	n, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.n, udp.h, icmp.h = n, n.UDP(), n.ICMP()
+	port, err := nw.sw.AddPort(gw, vswitch.PortConfig{Name: "gateway"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	gw.Connect(func() frame.Sink { return nw.sw.Ingress(port) })
+	done := make(chan error, 1)
+	go func() { done <- n.Run(context.Background()) }()
+	nw.NAT, nw.gw, nw.port = n, gw, port
+	stop := sync.OnceFunc(func() {
+		n.Close()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		if s := n.Stats(); s.held() != 0 {
+			t.Errorf("after Close: %+v", s)
+		}
+		nw.sw.RemovePort(port)
+		gw.Close()
+	})
+	nw.stop = stop
+	t.Cleanup(stop)
+}
+
+// crash ends gateway and NAT as a kill does: the containers hear nothing of it. The journal stays as it is.
+func (nw *network) crash(j *Journal) {
+	nw.sw.RemovePort(nw.port)
+	j.Freeze()
+	nw.stop()
+	j.Close()
 }
 
 type latePackets struct{ h stack.PacketHandler }

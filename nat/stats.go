@@ -5,6 +5,7 @@ import "sync/atomic"
 type stats struct {
 	idleEnded atomic.Uint64
 	evicted   atomic.Uint64
+	probes    atomic.Uint64
 }
 
 // Stats is a picture of a NAT at one moment. Its JSON names are part of what patchbay writes with --stats.
@@ -20,6 +21,10 @@ type Stats struct {
 
 	IdleEnded  uint64 `json:"idleEnded"`  // TCP flows ended because they were silent for longer than Limits.TCPIdle or TCPHalfIdle
 	UDPEvicted uint64 `json:"udpEvicted"` // clients of published UDP ports that were never answered and made room for others
+
+	TCPOrphans  int    `json:"tcpOrphans"`  // connections of a process before this one whose container has not come back yet
+	Probes      uint64 `json:"probes"`      // segments sent to containers to have such connections reset
+	Unjournaled uint64 `json:"unjournaled"` // TCP flows that found the journal full; a crash leaves their containers waiting
 }
 
 // Stats takes a picture.
@@ -30,5 +35,6 @@ func (n *NAT) Stats() Stats {
 		UDPFlows: n.udp.flows.quota.inUse(), UDPClients: n.udp.pubs.quota.inUse(), PingFlows: n.icmp.flows.quota.inUse(),
 		PublishedPorts: n.publishedPorts(),
 		IdleEnded:      n.stats.idleEnded.Load(), UDPEvicted: n.stats.evicted.Load(),
+		TCPOrphans: n.journal.waiting(), Probes: n.stats.probes.Load(), Unjournaled: n.journal.lost(),
 	}
 }

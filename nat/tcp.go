@@ -299,12 +299,14 @@ func (t *tcpNAT) accept(r stack.TCPRequest, fd int, to netip.AddrPort, watched b
 		r.Refuse()
 		return
 	}
+	slot := t.n.journal.put(r.Src(), r.Dst(), t.n.now()) // before the container can believe in the connection
 	conn, err := r.Accept()
 	if err != nil { // the container is gone, or the gateway is closed
+		t.n.journal.remove(slot)
 		fail()
 		return
 	}
-	if f := t.newFlow(t.flows, r.Src().Addr(), fd, conn); f != nil {
+	if f := t.newFlow(t.flows, r.Src().Addr(), fd, conn, slot); f != nil {
 		f.to, f.port = to, local.Port()
 		f.start(watched)
 	}

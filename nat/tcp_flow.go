@@ -28,6 +28,7 @@ type tcpFlow struct {
 	conn      stack.AsyncConn
 	to        netip.AddrPort // outbound: where the host's socket is connected to, and
 	port      uint16         // from which port; 0 for a published one
+	slot      int32          // of the journal, or -1
 
 	// rd and wr guard fd: against use after close, nothing more. They are held for one system call and never together with a lock of the stack
 	// being waited for: TryWrite is called with such a lock held. close takes both, in this order.
@@ -64,9 +65,9 @@ const (
 const flowEvents = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET&0xffffffff
 
 // newFlow registers a flow for an established host socket, or returns nil when the NAT is closed; the socket is closed then. The caller
-// has taken one of q for the container, which the flow gives back at its end.
-func (t *tcpNAT) newFlow(q *quota, container netip.Addr, fd int, conn stack.Conn) *tcpFlow {
-	f := &tcpFlow{t: t, quota: q, container: container, fd: fd, conn: async(conn)}
+// has taken one of q for the container, and a slot of the journal, both of which the flow gives back at its end.
+func (t *tcpNAT) newFlow(q *quota, container netip.Addr, fd int, conn stack.Conn, slot int32) *tcpFlow {
+	f := &tcpFlow{t: t, quota: q, container: container, fd: fd, conn: async(conn), slot: slot}
 	t.mu.Lock()
 	if !t.closed {
 		t.live[f] = struct{}{}
@@ -81,6 +82,7 @@ func (t *tcpNAT) newFlow(q *quota, container netip.Addr, fd int, conn stack.Conn
 	t.mu.Unlock()
 	conn.Reset()
 	conn.Close()
+	t.n.journal.remove(slot)
 	resetSock(fd)
 	unix.Close(fd)
 	q.give(container)
@@ -121,6 +123,7 @@ func (f *tcpFlow) finish(reset bool) {
 		f.conn.Reset()
 	}
 	f.conn.Close()
+	f.t.n.journal.remove(f.slot)
 	f.t.mu.Lock()
 	delete(f.t.live, f)
 	f.t.mu.Unlock()
