@@ -33,15 +33,19 @@ var overlays = []struct {
 		return ends{a, b}
 	}},
 	{"patchbay", func(t testing.TB) ends { return ownEnds(t, Config{}) }},
-	{"patchbay-nospin", func(t testing.TB) ends { return ownEnds(t, Config{Spin: -1}) }},
-	{"to-kernel", func(t testing.TB) ends {
-		a, b := underlay(t, 1500)
-		n := newNetwork(newVTEP(t, a, Config{}), 9)
-		n.peer(t, PeerConfig{Remote: netip.MustParseAddrPort("10.9.0.2:4789")})
-		kernelVXLAN(t, b, 9, []string{"local", "10.9.0.2", "remote", "10.9.0.1", "dstport", "4789", "udpcsum"}, "10.1.0.2/24")
-		run(t, b, "ip", "link", "set", "vx0", "mtu", "1450")
-		return ends{n.container(t, 1, 1450, "10.1.0.1/24"), b}
-	}},
+	{"patchbay-spin", func(t testing.TB) ends { return ownEnds(t, Config{Spin: 50 * time.Microsecond}) }},
+	{"to-kernel", func(t testing.TB) ends { a, b := mixedEnds(t, "10.1.0.1/24", "10.1.0.2/24"); return ends{a, b} }},
+	{"from-kernel", func(t testing.TB) ends { a, b := mixedEnds(t, "10.1.0.2/24", "10.1.0.1/24"); return ends{b, a} }},
+}
+
+// mixedEnds are a container of ours and a host with a vxlan device.
+func mixedEnds(t testing.TB, ours, kernels string) (container, kernel *testbed.NS) {
+	a, b := underlay(t, 1500)
+	n := newNetwork(newVTEP(t, a, Config{}), 9)
+	n.peer(t, PeerConfig{Remote: netip.MustParseAddrPort("10.9.0.2:4789")})
+	kernelVXLAN(t, b, 9, []string{"local", "10.9.0.2", "remote", "10.9.0.1", "dstport", "4789", "udpcsum"}, kernels)
+	run(t, b, "ip", "link", "set", "vx0", "mtu", "1450")
+	return n.container(t, 1, 1450, ours), b
 }
 
 // ownEnds are two containers of ours, on a host each.

@@ -13,7 +13,7 @@
 //
 // To receive, Serve reads with recvmmsg into buffers that hold what the kernel has joined (UDP_GRO), until the socket is empty or the batch
 // is full, and hands over Trains: a datagram, or several of one size, one behind the other. Batches come from readiness, never from a
-// timer. An idle Serve looks again for Config.Spin (package spin) and then blocks its thread in ppoll(2), as package tap does and for the same reasons.
+// timer. An idle Serve blocks its thread in ppoll(2), as package tap does and for the same reasons; Config.Spin has it look again first.
 //
 // # When the kernel will not cut
 //

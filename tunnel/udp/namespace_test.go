@@ -87,6 +87,32 @@ func TestTooBigForTheLink(t *testing.T) {
 	noDrops(t, &drops)
 }
 
+// Over a device that completes no checksums the kernel cuts in software, or (before Linux 6.11) refuses to; everything arrives either way.
+func TestDeviceWithoutChecksums(t *testing.T) {
+	testbed.Leaks(t)
+	a, b := testbed.NewNS(t, "a"), testbed.NewNS(t, "b")
+	testbed.Veth(t, a, "eth0", b, "eth0")
+	testbed.AddAddrs(t, a, "eth0", prefix("10.0.0.1/24"), prefix("fd00::1/64"))
+	testbed.AddAddrs(t, b, "eth0", prefix("10.0.0.2/24"), prefix("fd00::2/64"))
+	run(t, a, "ethtool", "-K", "eth0", "tx", "off")
+	rx, tx := listen(t, b, at("[::]:4789")), listen(t, a, at("[::]:4789"))
+	in := receive(t, rx)
+	for i, to := range []string{"10.0.0.2", "fd00::2"} {
+		run(t, a, "ping", "-c", "1", to) // while a neighbour is unknown, the kernel keeps but a few datagrams for it
+		p := newPath(t, tx, netip.AddrPortFrom(netip.MustParseAddr(to), 4789), PathConfig{})
+		var drops frame.DropCounters
+		sent, _ := send(t, p, &drops, 0, 0, append(repeat(1400, 40), 77)...)
+		same(t, in.wait(t, 41*(i+1))[41*i:], sent)
+		noDrops(t, &drops)
+		if c := p.Cut(); c != CutOn && c != CutRefused {
+			t.Errorf("cut: %v", c)
+		}
+	}
+	if st := rx.Stats(); st.Missed != 0 {
+		t.Errorf("%d datagrams had a wrong checksum", st.Missed)
+	}
+}
+
 // A router with a smaller link behind it says so by ICMP; the kernel believes it, and so do we:
 //
 //	[a] eth0 ── 1500 ── ra [r] rb ── 1300 ── eth0 [b]

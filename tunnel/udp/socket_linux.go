@@ -28,8 +28,6 @@ const (
 	DefaultBuffer = 4 << 20
 	// DefaultRetryCut is how long a Path does without UDP_SEGMENT after it was refused.
 	DefaultRetryCut = 5 * time.Minute
-	// DefaultSpin is how long an idle Serve looks for more before its thread sleeps; see package spin.
-	DefaultSpin = 50 * time.Microsecond
 
 	outerTTL = 64
 )
@@ -50,7 +48,7 @@ type Config struct {
 	NoCut, NoJoin bool
 	// RetryCut is how long a Path whose datagrams the kernel would not cut sends them one by one; 0 means DefaultRetryCut.
 	RetryCut time.Duration
-	// Spin bounds how long an idle Serve keeps looking before its thread sleeps; 0 means DefaultSpin, negative not at all.
+	// Spin bounds how long an idle Serve keeps looking before its thread sleeps (package spin); 0 means not at all.
 	Spin time.Duration
 	// Now is the clock; nil means time.Now.
 	Now func() time.Time
@@ -112,9 +110,6 @@ func Listen(cfg Config) (*Socket, error) {
 	}
 	if cfg.RetryCut == 0 {
 		cfg.RetryCut = DefaultRetryCut
-	}
-	if cfg.Spin == 0 {
-		cfg.Spin = DefaultSpin
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
