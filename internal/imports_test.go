@@ -54,6 +54,7 @@ var bans = []struct {
 	{"github.com/miekg/dns", "patchbay/internal/dns", "one home for the DNS wire format"},
 	{"github.com/insomniacslk/dhcp", "patchbay/internal/dhcp", "one home for the DHCP wire format"},
 	{"github.com/prometheus/client_golang", "patchbay/internal/api", "counters are plain; the API alone words them for a scraper"},
+	{"charm.land/bubbletea", "patchbay/cmd/patchbay", "a terminal is the command's, not a library's"},
 	{"github.com/urfave/cli", "patchbay/cmd/patchbay", "flags are the command's, not a library's"},
 }
 

@@ -44,6 +44,10 @@ func flagsFirst(app *cli.App, args []string, keep ...string) []string {
 			names = append(names, a)
 			continue
 		}
+		if name := strings.TrimLeft(a, "-"); name == "help" || name == "h" {
+			// With a name behind it, urfave/cli takes that for the command to explain.
+			return slices.Concat(args[:at], []string{a}, last)
+		}
 		flags = append(flags, a)
 		if !strings.Contains(a, "=") && takesValue(cmd, strings.TrimLeft(a, "-")) && i+1 < len(rest) {
 			i++

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"time"
 
@@ -21,21 +22,34 @@ func nodeCommand(cmd *cli.Command, lists bool, words string, complete func(ctx c
 		cmd.Flags = append(cmd.Flags, outputFlag())
 	}
 	cmd.BashComplete = func(c *cli.Context) {
-		for _, f := range cmd.Flags {
-			fmt.Fprintln(c.App.Writer, "--"+f.Names()[0])
+		var names []string
+		word := "" // the last one, which the shells' scripts hand over where it may become a flag
+		if n := len(os.Args); n > 1 {
+			word = os.Args[n-2]
 		}
-		client, err := clientFor(c)
-		if err != nil || complete == nil {
-			return
+		if client, err := clientFor(c); err == nil && complete != nil && !strings.HasPrefix(word, "-") {
+			ctx, cancel := context.WithTimeout(c.Context, time.Second)
+			defer cancel()
+			nth := c.NArg()
+			if strings.HasSuffix(words, "...") {
+				nth = 0 // each word is as the first
+			}
+			names = complete(ctx, client, nth)
 		}
-		ctx, cancel := context.WithTimeout(c.Context, time.Second)
-		defer cancel()
-		for _, w := range complete(ctx, client, c.NArg()) {
+		if len(names) == 0 {
+			for _, f := range cmd.Flags {
+				names = append(names, "--"+f.Names()[0])
+			}
+		}
+		for _, w := range names {
 			fmt.Fprintln(c.App.Writer, w)
 		}
 	}
 	cmd.Action = func(c *cli.Context) error {
 		err := checkWords(c, words)
+		if err == nil && lists {
+			err = checkOutput(c) // before something is made that could not be shown
+		}
 		if err == nil {
 			var client *api.Client
 			if client, err = clientFor(c); err == nil {

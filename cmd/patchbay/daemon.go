@@ -57,6 +57,9 @@ func socketFlag() cli.Flag {
 // socketPath is what socketFlag says.
 func socketPath(c *cli.Context) (string, error) {
 	if c.IsSet("socket") {
+		if c.String("socket") == "" {
+			return "", errors.New("--socket: the path is empty; leave it out for the usual one")
+		}
 		return c.String("socket"), nil
 	}
 	return api.DefaultSocket()

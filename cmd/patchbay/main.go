@@ -3,13 +3,17 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
+	"patchbay/internal/api"
 	"patchbay/internal/edge"
 )
 
@@ -49,7 +53,7 @@ func newApp() *cli.App {
 		},
 		Commands: []*cli.Command{
 			runCommand(), daemonCommand(), networkCommand(), attachCommand(), detachCommand(), psCommand(), inspectCommand(), publishCommand(),
-			fdbCommand(), dropsCommand(), captureCommand(),
+			fdbCommand(), dropsCommand(), captureCommand(), topCommand(),
 			demoCommand(), loadCommand(), benchCommand(), doctorCommand(), doctorInside(), versionCommand(), completionCommand(),
 		},
 	}
@@ -58,8 +62,9 @@ func newApp() *cli.App {
 // usageError is one line, and not the whole help behind an error that scrolls away.
 func usageError(c *cli.Context, err error, _ bool) error {
 	name := "patchbay"
-	if c.Command != nil && c.Command.Name != "" && c.Command.Name != "patchbay" {
-		name += " " + c.Command.Name
+	// HelpName is "patchbay network ls" where Name is "ls" alone. The App's own is its name.
+	if c.Command != nil && strings.HasPrefix(c.Command.HelpName, "patchbay ") {
+		name = c.Command.HelpName
 	}
 	if sub, ok := strings.CutPrefix(name, "patchbay "); ok {
 		err = fmt.Errorf("%s: %w", sub, err)
@@ -97,13 +102,38 @@ func report(err error) int {
 
 func versionCommand() *cli.Command {
 	return &cli.Command{
-		Name:         "version",
-		Usage:        "print the version",
-		UsageText:    "patchbay version",
+		Name: "version", Usage: "print the version, and that of the daemon that runs",
+		UsageText:    "patchbay version [-o json]\n\nExample:\n   patchbay version -o json | jq -r .version",
 		OnUsageError: usageError,
 		Before:       noArgs,
+		Flags:        []cli.Flag{socketFlag(), outputFlag()},
 		Action: func(c *cli.Context) error {
-			fmt.Fprintln(c.App.Writer, "patchbay", version)
+			v := struct {
+				Version string    `json:"version"`
+				Daemon  *api.Info `json:"daemon,omitempty"`
+			}{Version: version}
+			// A daemon that does not answer is no error here: most people who ask have none, and some not even a place for its socket.
+			if path, err := socketPath(c); err == nil {
+				ctx, cancel := context.WithTimeout(c.Context, time.Second)
+				defer cancel()
+				if info, err := api.NewClient(path).Info(ctx); err == nil {
+					v.Daemon = &info
+				} else if !errors.Is(err, api.ErrNoNode) || c.IsSet("socket") {
+					fmt.Fprintln(os.Stderr, "patchbay: version: note:", err)
+				}
+			}
+			if v.Daemon != nil && v.Daemon.Version != version {
+				fmt.Fprintf(os.Stderr, "patchbay: version: note: the daemon (pid %d) is version %s; patchbay daemon --takeover replaces it under traffic\n", v.Daemon.PID, v.Daemon.Version)
+			}
+			err := show(c, v, func(w io.Writer) {
+				fmt.Fprintln(w, "patchbay", version)
+				if v.Daemon != nil {
+					fmt.Fprintf(w, "daemon   %s (pid %d, since %s)\n", v.Daemon.Version, v.Daemon.PID, ago(v.Daemon.Started))
+				}
+			})
+			if err != nil {
+				return fmt.Errorf("version: %w", err)
+			}
 			return nil
 		},
 	}

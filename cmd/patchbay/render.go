@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -19,17 +20,24 @@ func outputFlag() cli.Flag {
 
 // show writes v as JSON, or as text does, as outputFlag says.
 func show(c *cli.Context, v any, text func(w io.Writer)) error {
-	switch format := c.String("output"); format {
-	case "text":
+	if err := checkOutput(c); err != nil {
+		return err
+	}
+	if c.String("output") == "text" {
 		text(c.App.Writer)
 		return nil
-	case "json":
-		enc := json.NewEncoder(c.App.Writer)
-		enc.SetIndent("", "  ")
-		return enc.Encode(v)
-	default:
-		return fmt.Errorf("output format %q is not known; use text or json", format)
 	}
+	enc := json.NewEncoder(c.App.Writer)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+// checkOutput refuses a format that show does not know.
+func checkOutput(c *cli.Context) error {
+	if format := c.String("output"); format != "text" && format != "json" {
+		return fmt.Errorf("output format %.40q is not known; use text or json", format)
+	}
+	return nil
 }
 
 // table writes rows in columns, the head first.
@@ -78,7 +86,7 @@ func rateText(bytesPerSecond float64) string { return siText(bytesPerSecond*8, "
 func siText(v float64, unit string) string {
 	prefix := ""
 	for _, p := range []string{"k", "M", "G", "T", "P"} {
-		if v < 1000 {
+		if v < 999.5 { // it would be rounded to four digits
 			break
 		}
 		v /= 1000
@@ -112,4 +120,32 @@ func yesNo(b bool) string {
 		return "yes"
 	}
 	return "no"
+}
+
+// parseRate reads what --rate takes: bytes a second, with k, M or G for thousands, millions and billions, or bits where it ends in "bit", as 100Mbit.
+func parseRate(s string) (bytesPerSecond int64, err error) {
+	n, bits := strings.CutSuffix(strings.TrimSuffix(s, "/s"), "bit")
+	factor := 1.0
+	if len(n) > 0 {
+		switch n[len(n)-1] {
+		case 'k', 'K':
+			factor = 1e3
+		case 'M':
+			factor = 1e6
+		case 'G':
+			factor = 1e9
+		}
+	}
+	if factor > 1 {
+		n = n[:len(n)-1]
+	}
+	v, err := strconv.ParseFloat(n, 64)
+	if bits {
+		factor /= 8
+	}
+	v *= factor
+	if err != nil || !(v >= 1 && v < 1<<62) {
+		return 0, fmt.Errorf("%.40q is not a rate; write bytes a second such as 500k or 10M, or bits such as 100Mbit", s)
+	}
+	return int64(v), nil
 }

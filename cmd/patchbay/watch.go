@@ -14,6 +14,7 @@ import (
 
 	"patchbay/frame"
 	"patchbay/internal/api"
+	"patchbay/nat"
 )
 
 func publishCommand() *cli.Command {
@@ -26,6 +27,9 @@ func publishCommand() *cli.Command {
 				Name: "add", Usage: "publish ports of an attachment",
 				UsageText: "patchbay publish add NAME|NETWORK/NAME SPEC\n\nSPEC is [HOSTIP:]HOSTPORT[-END]:PORT[-END][/tcp|/udp].\n\nExample:\n   patchbay publish add web 8080-8089:80",
 			}, true, "NAME SPEC", attachmentNames, func(c *cli.Context, client *api.Client) error {
+				if _, err := nat.ParseSpec(c.Args().Get(1)); err != nil {
+					return err
+				}
 				network, name, err := client.Resolve(c.Context, c.Args().First())
 				if err != nil {
 					return err
@@ -169,6 +173,13 @@ func runCapture(c *cli.Context, client *api.Client) error {
 			return fmt.Errorf("--%s: %d is too few; use 1 or more", f, c.Int(f))
 		}
 	}
+	file := c.String("write")
+	if _, err := unix.IoctlGetTermios(int(os.Stdout.Fd()), unix.TCGETS); err == nil && file == "-" {
+		return errors.New("standard output is a terminal, and pcapng is not for reading; give -w FILE, or a pipe: | tcpdump -nr -")
+	}
+	if file == "" {
+		return errors.New("--write: the path is empty; name a file, or - for standard output")
+	}
 	spec := api.CaptureSpec{Filter: c.String("filter"), SnapLen: c.Int("snaplen"), Count: c.Int("count")}
 	ref := c.Args().First()
 	network := ref
@@ -178,18 +189,11 @@ func runCapture(c *cli.Context, client *api.Client) error {
 		}
 		var rerr error
 		if network, spec.Attachment, rerr = client.Resolve(c.Context, ref); rerr != nil {
+			if api.CodeOf(rerr) != api.CodeNotFound && api.CodeOf(rerr) != api.CodeInvalid {
+				return rerr // on two networks, for instance
+			}
 			return fmt.Errorf("%.70q is neither a network nor an attachment; `patchbay network ls` and `patchbay ps` show those there are", ref)
 		}
-	}
-	out := os.Stdout
-	if f := c.String("write"); f != "-" {
-		var err error
-		if out, err = os.Create(f); err != nil {
-			return fmt.Errorf("--write: %w; name a file that you may write", err)
-		}
-		defer out.Close()
-	} else if _, err := unix.IoctlGetTermios(int(os.Stdout.Fd()), unix.TCGETS); err == nil {
-		return errors.New("standard output is a terminal, and pcapng is not for reading; give -w FILE, or a pipe: | tcpdump -nr -")
 	}
 	ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -198,13 +202,23 @@ func runCapture(c *cli.Context, client *api.Client) error {
 		return err
 	}
 	defer body.Close()
+	out := os.Stdout
+	if file != "-" {
+		// Not before the node has agreed: a file that is there already stays whole when the filter is none.
+		if out, err = os.Create(file); err != nil {
+			return fmt.Errorf("--write: %w; name a file that you may write", err)
+		}
+		defer out.Close()
+	}
 	began := time.Now()
 	n, err := io.Copy(out, body)
 	if errors.Is(err, syscall.EPIPE) || ctx.Err() != nil {
 		err = nil // the reader, or the person, has had enough
 	}
 	if out != os.Stdout {
-		err = errors.Join(err, out.Sync())
+		if serr := out.Sync(); !errors.Is(serr, syscall.EINVAL) { // a pipe or device has nothing to wait for
+			err = errors.Join(err, serr)
+		}
 		fmt.Fprintf(os.Stderr, "patchbay: capture: %s in %s written to %s\n", bytesText(uint64(n)), time.Since(began).Round(time.Millisecond), out.Name())
 	}
 	return err

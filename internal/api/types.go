@@ -97,7 +97,7 @@ type AttachmentSpec struct {
 	Publish []string `json:"publish,omitempty"`
 	// Rate is how many bytes a second the network takes from it. Default: no limit.
 	Rate int64 `json:"rate,omitempty"`
-	// StormLimit is how many broadcast, multicast and unknown frames a second. Default 2000.
+	// StormLimit is how many broadcast, multicast and unknown frames a second. Default 10000.
 	StormLimit int `json:"stormLimit,omitempty"`
 	// MACLimit is how many source MACs may be learned on its port. It matters with Trust alone. Default 16.
 	MACLimit int `json:"macLimit,omitempty"`
