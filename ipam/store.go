@@ -110,3 +110,11 @@ func (m *MemStore) Delete(_ context.Context, pool string, r Record) error {
 	delete(m.pools[pool], r.Addr)
 	return nil
 }
+
+// Drop removes every record of a pool. One that is not there is no error.
+func (m *MemStore) Drop(_ context.Context, pool string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.pools, pool)
+	return nil
+}

@@ -1,11 +1,13 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync"
 
 	"go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
@@ -17,6 +19,10 @@ import (
 type Bolt struct {
 	db     *bbolt.DB
 	bucket []byte
+
+	mu     sync.Mutex
+	queue  []*change
+	commit sync.Mutex // of a transaction from its begin to the disk; who waits for it finds its own change done, or takes all that queued up meanwhile
 }
 
 var _ ipam.Store = (*Bolt)(nil)
@@ -60,10 +66,10 @@ func decode(pool string, k, v []byte) (ipam.Record, error) {
 	var r ipam.Record
 	a, ok := netip.AddrFromSlice(k)
 	if err := json.Unmarshal(v, &r); err != nil {
-		return r, fmt.Errorf("leases of %s: record %s is damaged: %w; move the state file away and addresses are given anew", pool, a, err)
+		return r, fmt.Errorf("pool %s: record %s is damaged: %w; move the state file away and addresses are given anew", pool, a, err)
 	}
 	if !ok || r.Addr != a {
-		return r, fmt.Errorf("leases of %s: record %x is of %s: it is damaged; move the state file away and addresses are given anew", pool, k, r.Addr)
+		return r, fmt.Errorf("pool %s: record %x is of %s: it is damaged; move the state file away and addresses are given anew", pool, k, r.Addr)
 	}
 	return r, nil
 }
@@ -138,23 +144,55 @@ func (b *Bolt) Drop(ctx context.Context, pool string) error {
 	})
 }
 
-// change runs f in a transaction that is on disk when it returns. f may run twice.
+// change is one writing, on its way to the disk.
+type change struct {
+	ctx   context.Context
+	f     func(outer *bbolt.Bucket) error // checks everything before it writes: when it fails, the others of its transaction are kept
+	taken bool                            // into a transaction, which is over when Bolt.commit is free
+	err   error
+}
+
+// errUnwritten is what a change has until its transaction is on disk.
+var errUnwritten = errors.New("the transaction did not end")
+
+// change runs f in a transaction that is on disk when it returns.
 func (b *Bolt) change(ctx context.Context, f func(outer *bbolt.Bucket) error) error {
-	if err := ctx.Err(); err != nil {
-		return err
+	c := &change{ctx: ctx, f: f, err: errUnwritten}
+	b.mu.Lock()
+	b.queue = append(b.queue, c)
+	b.mu.Unlock()
+
+	b.commit.Lock()
+	defer b.commit.Unlock()
+	if !c.taken {
+		b.write()
 	}
-	var refused error
-	err := b.db.Batch(func(tx *bbolt.Tx) error {
-		refused = nil
-		err := f(tx.Bucket(b.bucket))
-		if errors.Is(err, ipam.ErrConflict) {
-			refused = err // of this caller alone: the others of the batch need not be done again for it
-			return nil
+	if c.err != nil && !errors.Is(c.err, ipam.ErrConflict) {
+		return fmt.Errorf("leases: %w", c.err)
+	}
+	return c.err
+}
+
+// write takes everything that is queued through one transaction. b.commit is held.
+func (b *Bolt) write() {
+	b.mu.Lock()
+	batch := b.queue
+	b.queue = nil
+	b.mu.Unlock()
+	for _, c := range batch {
+		c.taken = true
+	}
+	errs := make([]error, len(batch))
+	err := b.db.Update(func(tx *bbolt.Tx) error {
+		outer := tx.Bucket(b.bucket)
+		for i, c := range batch {
+			if errs[i] = c.ctx.Err(); errs[i] == nil {
+				errs[i] = c.f(outer)
+			}
 		}
-		return err
+		return nil
 	})
-	if err != nil {
-		return fmt.Errorf("leases: %w", err)
+	for i, c := range batch {
+		c.err = cmp.Or(errs[i], err)
 	}
-	return refused
 }

@@ -5,7 +5,8 @@
 // A pool is a bucket inside the bucket that New is given, an address its key, the record JSON. A change is one transaction that compares the version first; versions come from the
 // outer bucket's sequence, which only ever grows, so that none is used twice, not even after a record was deleted or the process restarted.
 //
-// Writers that come at the same time share one transaction and its fsync (bbolt.DB.Batch): five hundred leases at once cost a few, not five hundred.
+// Writers that come while a transaction is on its way to the disk share the next one and its fsync: five hundred leases at once cost a few, not five hundred. Nobody waits for
+// company, as with bbolt.DB.Batch, whose writers wait 10 ms when they are alone; a Pool, which holds its lock while it writes, is always alone.
 //
 // # Ownership
 //
@@ -13,9 +14,10 @@
 //
 // # Concurrency
 //
-// Bolt is safe for concurrent use. Its calls block on the disk; ctx is looked at before a transaction begins.
+// Bolt is safe for concurrent use. Its calls block on the disk; ctx is looked at
+// when the transaction begins; a change whose ctx ends later is written, and says so.
 //
 // # References
 //
-// ipam.Store; bbolt's README ("Batch read-write transactions").
+// ipam.Store; bbolt's README ("Batch read-write transactions", for comparison).
 package store
