@@ -22,6 +22,13 @@
 // TCP flows by stores into a shared mapping; ResetOrphans has a container's own TCP tell its sequence numbers and answers with a reset (orphan.go). UDP flows start anew with the next
 // datagram from the container.
 //
+// # Handover
+//
+// A NAT can leave to another process what the host's side knows it by (handover_linux.go, handover_udp_linux.go): published ports, where clients and datagrams wait meanwhile and none is refused, and the sockets
+// of UDP flows, so that containers keep their ports of the host. What stays behind: TCP connections, whose state is netstack's, are reset on both sides, for the container through the Journal;
+// pings are lost; clients of published UDP ports are known again by their next datagram, or their container's to them, only that one on the host itself may get another port of the
+// gateway's.
+//
 // # Policy
 //
 // policy.go is the one place that decides where a container may go. The host's loopback is closed by every spelling (127/8, ::1, 0.0.0.0, ::,

@@ -2,7 +2,6 @@ package nat
 
 import (
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
 	"sync"
@@ -16,10 +15,11 @@ type Published struct {
 	to4, to6 netip.Addr
 	n        *NAT
 	tcp      []tcpListener // indexed like the range; empty for UDP
-	udp      []io.Closer
+	udp      []*pubPort
 
-	mu     sync.Mutex
-	closed bool
+	mu       sync.Mutex
+	closed   bool
+	exported bool
 }
 
 // Spec is what was published.
@@ -42,7 +42,10 @@ type binding struct {
 // Publish opens the host ports of s and leads them to the container that has the addresses in to, of which there is one of each IP version
 // at most. Either all ports of the range are open when it returns or none is. A port in use is an error that names the holder where that can be known.
 // It does not block on the network.
-func (n *NAT) Publish(s Spec, to []netip.Addr) (*Published, error) {
+func (n *NAT) Publish(s Spec, to []netip.Addr) (*Published, error) { return n.publish(s, to, nil) }
+
+// publish opens the ports, or takes over the sockets in given.
+func (n *NAT) publish(s Spec, to []netip.Addr, given *givenSockets) (*Published, error) {
 	p := &Published{spec: s, n: n}
 	for _, a := range to {
 		switch a = a.Unmap(); {
@@ -60,14 +63,19 @@ func (n *NAT) Publish(s Spec, to []netip.Addr) (*Published, error) {
 	if s.Count < 1 || s.HostPort == 0 || s.Port == 0 || int(s.HostPort)+s.Count > 65536 || int(s.Port)+s.ports() > 65536 || s.Proto != TCP && s.Proto != UDP {
 		return nil, fmt.Errorf("publish %s: not a valid spec; make it with ParseSpec", s)
 	}
-	if err := checkDescriptors(s.Count); err != nil {
+	var err error
+	if given == nil {
+		err = checkDescriptors(s.Count)
+	} else if len(given.fds) != s.Count {
+		err = fmt.Errorf("%d sockets for %d ports; give one for each, in the order of Export", len(given.fds), s.Count)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("publish %s: %w", s, err)
 	}
-	var err error
 	if s.Proto == TCP {
-		err = p.listenTCP()
+		err = p.listenTCP(given)
 	} else {
-		err = p.listenUDP()
+		err = p.listenUDP(given)
 	}
 	if err == nil {
 		err = n.keep(p)
@@ -94,10 +102,10 @@ func (p *Published) binding(i int) binding {
 	return b
 }
 
-func (p *Published) listenUDP() error {
+func (p *Published) listenUDP(given *givenSockets) error {
 	for i := range p.spec.Count {
 		b := p.binding(i)
-		c, err := p.n.udp.publish(&b)
+		c, err := p.n.udp.publish(&b, given.take(i))
 		if err != nil {
 			return p.bindError(&b, err)
 		}

@@ -24,14 +24,22 @@ const (
 	acceptBatch   = 64   // per readiness event, so that one busy port does not starve the others
 )
 
-func (p *Published) listenTCP() error {
+func (p *Published) listenTCP(given *givenSockets) error {
 	p.tcp = make([]tcpListener, p.spec.Count)
 	for i := range p.tcp {
 		p.tcp[i] = tcpListener{p: p, fd: -1, index: uint16(i)}
 	}
 	for i := range p.tcp {
 		b := p.binding(i)
-		fd, err := listen(b.host, b.dual)
+		fd := given.take(i)
+		var err error
+		if fd < 0 {
+			fd, err = listen(b.host, b.dual)
+		} else {
+			if err = adoptSocket(fd, unix.SOCK_STREAM, &b); err != nil {
+				unix.Close(fd)
+			}
+		}
 		if err != nil {
 			return p.bindError(&b, err)
 		}

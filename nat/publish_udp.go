@@ -3,7 +3,6 @@ package nat
 import (
 	"container/list"
 	"errors"
-	"io"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -70,17 +69,12 @@ func (t *pubTable) init(u *udpNAT, total, each int) {
 	t.ports = make(map[*pubPort]struct{})
 }
 
-// publish binds a host UDP port and forwards its datagrams; the error is the bare one of socket or bind, which the caller words.
-func (u *udpNAT) publish(b *binding) (io.Closer, error) {
+// publish binds a host UDP port, or takes over the socket given unless that is -1, and forwards its datagrams; the error is the bare one of socket or bind, which the
+// caller words.
+func (u *udpNAT) publish(b *binding, given int) (*pubPort, error) {
 	p := &pubPort{u: u, b: *b}
 	p.owner = p
-	err := p.openUDP(b.host, b.dual, true)
-	if b.dual && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
-		// The host has no IPv6: every address of it is an IPv4 one.
-		p.b.host, p.b.dual = netip.AddrPortFrom(netip.IPv4Unspecified(), b.host.Port()), false
-		err = p.openUDP(p.b.host, false, true)
-	}
-	if err != nil {
+	if err := p.open(given); err != nil {
 		return nil, err
 	}
 	t := &u.pubs
@@ -101,6 +95,29 @@ func (u *udpNAT) publish(b *binding) (io.Closer, error) {
 		return nil, err
 	}
 	return p, nil
+}
+
+// open opens p's socket, or takes over the one given, which is closed on error.
+func (p *pubPort) open(given int) error {
+	if given >= 0 {
+		err := adoptSocket(given, unix.SOCK_DGRAM, &p.b)
+		if err == nil {
+			err = p.adoptUDP(given, true)
+		}
+		if err != nil {
+			unix.Close(given)
+		} else if p.b.dual && !p.v6 {
+			p.b.host, p.b.dual = netip.AddrPortFrom(netip.IPv4Unspecified(), p.b.host.Port()), false
+		}
+		return err
+	}
+	err := p.openUDP(p.b.host, p.b.dual, true)
+	if p.b.dual && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
+		// The host has no IPv6: every address of it is an IPv4 one.
+		p.b.host, p.b.dual = netip.AddrPortFrom(netip.IPv4Unspecified(), p.b.host.Port()), false
+		err = p.openUDP(p.b.host, false, true)
+	}
+	return err
 }
 
 // endpoints are the container's, one of each IP version it has.

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -48,7 +49,7 @@ type bed struct {
 // bedNet is the least of a gateway: a single container, whose kernel knows it as a static neighbour. What it sends is what the NAT made; the kernel
 // in the container judges it.
 type bedNet struct {
-	nat  *NAT
+	nat  atomic.Pointer[NAT]
 	dev  *tap.Device
 	cMAC wire.MAC
 	mtu  int
@@ -99,7 +100,7 @@ func newBed(t testing.TB, cfg Config) *bed {
 	if b.NAT, err = New(cfg); err != nil {
 		t.Fatal(err)
 	}
-	b.net.nat = b.NAT
+	b.net.nat.Store(b.NAT)
 	var wg sync.WaitGroup
 	wg.Go(func() { b.NAT.Run(context.Background()) })
 	wg.Go(func() { b.dev.Serve(context.Background(), 0, b.net) })
@@ -145,10 +146,10 @@ func (n *bedNet) Forward(fs []frame.Frame) {
 		}
 	}
 	if len(udp) > 0 {
-		n.nat.UDP().HandlePackets(udp)
+		n.nat.Load().UDP().HandlePackets(udp)
 	}
 	if len(icmp) > 0 {
-		n.nat.ICMP().HandlePackets(icmp)
+		n.nat.Load().ICMP().HandlePackets(icmp)
 	}
 }
 

@@ -33,6 +33,7 @@ type flow struct {
 	seen     atomic.Int64 // time of the last packet, Unix nanoseconds
 	answered atomic.Bool
 	lasting  atomic.Bool // has sent to another port than 53
+	paused   atomic.Bool // off the loop; see ExportUDP
 
 	// Peers are the host-side addresses the container has sent to: only they may answer (REQ-8, address-dependent filtering).
 	peersMu sync.Mutex
@@ -235,11 +236,15 @@ func (t *flowTable) sweep(now time.Time) int {
 // release closes a flow that is out of the table and of the loop.
 func (t *flowTable) release(f *flow) {
 	f.closeSock()
-	f.peersMu.Lock()
-	t.u.peers.Add(-int64(max(0, len(f.peers)-1)))
-	f.peers, f.last = nil, netip.Addr{}
-	f.peersMu.Unlock()
+	f.forgetPeers()
 	t.quota.give(f.src.Addr())
+}
+
+func (f *flow) forgetPeers() {
+	f.peersMu.Lock()
+	defer f.peersMu.Unlock()
+	f.tab.u.peers.Add(-int64(max(0, len(f.peers)-1)))
+	f.peers, f.last = nil, netip.Addr{}
 }
 
 // close ends every flow. It must not run on the loop.

@@ -85,22 +85,50 @@ func (s *packetSock) openUDP(host netip.AddrPort, dual, pktinfo bool) error {
 	} else if s.v6 {
 		unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 0)
 	}
-	// All of these make things better where they work; none is needed for datagrams to flow.
-	unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
-	s.wantErrors()
-	if pktinfo {
-		if s.v6 {
-			unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1)
-		} else {
-			unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_PKTINFO, 1)
-		}
-	}
+	s.wantMessages(pktinfo)
 	var name sockaddr
 	if err := bindRaw(fd, &name, name.put(host, s.v6)); err != nil {
 		unix.Close(fd)
 		return err
 	}
 	return nil
+}
+
+// adoptUDP takes over a UDP socket that another process made with openUDP. The caller closes it on error.
+func (s *packetSock) adoptUDP(fd int, pktinfo bool) error {
+	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	if err != nil {
+		return err
+	}
+	s.fd, s.v6, s.gsoMax = fd, domain == unix.AF_INET6, maxPayload
+	level, name, do := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO
+	if s.v6 {
+		only, err := unix.GetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
+		if err != nil {
+			return err
+		}
+		s.dual = only == 0
+		level, name, do = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO
+	}
+	if v, err := unix.GetsockoptInt(fd, level, name); err == nil && v == do {
+		s.df = dfSet // whatever its last datagram wanted
+	}
+	s.wantMessages(pktinfo)
+	return nil
+}
+
+// wantMessages asks for what datagrams can tell beside their bytes. All of it makes things better where it works; none is needed for datagrams to flow.
+func (s *packetSock) wantMessages(pktinfo bool) {
+	unix.SetsockoptInt(s.fd, unix.SOL_UDP, unix.UDP_GRO, 1)
+	s.wantErrors()
+	if !pktinfo {
+		return
+	}
+	if s.v6 {
+		unix.SetsockoptInt(s.fd, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1)
+	} else {
+		unix.SetsockoptInt(s.fd, unix.IPPROTO_IP, unix.IP_PKTINFO, 1)
+	}
 }
 
 // openPing makes a ping socket. id is the echo identifier it would like to have.
