@@ -27,6 +27,13 @@ func nodeCommand(cmd *cli.Command, lists bool, words string, complete func(ctx c
 		if n := len(os.Args); n > 1 {
 			word = os.Args[n-2]
 		}
+		complete := complete
+		switch word { // a flag whose value comes next
+		case "-o", "--output":
+			complete, word = func(context.Context, *api.Client, int) []string { return []string{"text", "json"} }, ""
+		case "--network":
+			complete, word = networkNames, ""
+		}
 		if client, err := clientFor(c); err == nil && complete != nil && !strings.HasPrefix(word, "-") {
 			ctx, cancel := context.WithTimeout(c.Context, time.Second)
 			defer cancel()
