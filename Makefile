@@ -29,6 +29,7 @@ deps: ## install the Debian packages that the tests use (root, or sudo without a
 .PHONY: test
 test: deps build ## install what the tests use and run all of them
 	PATCHBAY_BIN=$(CURDIR)/$(BIN) go test -p 2 -timeout 15m ./...
+	script/podman-host
 
 .PHONY: race
 race: deps build ## the concurrent rooms again, under the race detector

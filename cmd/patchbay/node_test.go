@@ -23,6 +23,7 @@ type daemonProc struct {
 	dir    string
 	args   []string
 	login  *testbed.Login // whose it is; nil: some ordinary user's
+	plain  bool           // it is this process's user's, on a host of its own: see TestPodman
 	cmd    *exec.Cmd
 	stderr *lockedBuffer
 }
@@ -54,7 +55,14 @@ func startDaemon(t *testing.T, args ...string) *daemonProc {
 // startDaemonOf starts one for a user who is logged in.
 func startDaemonOf(t *testing.T, login *testbed.Login, args ...string) *daemonProc {
 	t.Helper()
-	d := &daemonProc{t: t, dir: t.TempDir(), args: args, login: login, stderr: &lockedBuffer{}}
+	return (&daemonProc{t: t, args: args, login: login}).begin()
+}
+
+// begin starts it for the first time, until the test ends.
+func (d *daemonProc) begin() *daemonProc {
+	t := d.t
+	t.Helper()
+	d.dir, d.stderr = t.TempDir(), &lockedBuffer{}
 	if err := os.Chmod(d.dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -109,7 +117,10 @@ func (d *daemonProc) client() *api.Client { return api.NewClient(d.socket()) }
 // patchbay is the binary as the daemon's user starts it.
 func (d *daemonProc) patchbay(args ...string) *exec.Cmd {
 	d.t.Helper()
-	if d.login == nil {
+	switch {
+	case d.plain:
+		return exec.Command(testbed.Build(d.t), args...)
+	case d.login == nil:
 		return patchbay(d.t, args...)
 	}
 	testbed.RequireTUN(d.t)

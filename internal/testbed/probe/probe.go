@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,14 +27,14 @@ const timeout = 2 * time.Second
 
 // Attempt is one thing to try.
 type Attempt struct {
-	Net  string // "tcp", "udp", "ping", "name"
+	Net  string // "tcp", "udp", "ping", "name", "http"
 	Addr string // host:port; an address for ping; a name for name
 }
 
 // Outcome is what became of it.
 type Outcome struct {
 	Attempt
-	// Said is the server's answer: the client's address as it saw it. For ping it is "answered", for name the addresses.
+	// Said is the server's answer: the client's address as it saw it. For ping it is "answered", for name the addresses, for http the page.
 	Said string `json:",omitempty"`
 	// Err is the errno's name (ECONNREFUSED), "timeout", or another error's text.
 	Err string `json:",omitempty"`
@@ -252,6 +253,8 @@ func try(a Attempt) (string, error) {
 	case "name":
 		addrs, err := net.DefaultResolver.LookupHost(ctx, a.Addr)
 		return strings.Join(addrs, " "), err
+	case "http":
+		return page(ctx, "http://"+a.Addr+"/")
 	}
 	var d net.Dialer
 	c, err := d.DialContext(ctx, a.Net, a.Addr)
@@ -270,6 +273,21 @@ func try(a Attempt) (string, error) {
 	buf := make([]byte, 256)
 	n, err := c.Read(buf)
 	return string(buf[:n]), err
+}
+
+func page(ctx context.Context, url string) (string, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return "", err
+	}
+	c := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	a, err := c.Do(r)
+	if err != nil {
+		return "", err
+	}
+	defer a.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(a.Body, 1<<16))
+	return string(b), err
 }
 
 func errnoName(e syscall.Errno) string {
