@@ -355,7 +355,7 @@ func TestStatsJSON(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, k := range strings.Fields("tcpFlows halfOpen publishedFlows publishedHalfOpen udpFlows udpClients pingFlows publishedPorts idleEnded udpEvicted") {
+	for _, k := range strings.Fields("tcpFlows halfOpen publishedFlows publishedHalfOpen udpFlows udpClients pingFlows publishedPorts idleEnded udpEvicted tcpOrphans probes unjournaled") {
 		if !strings.Contains(string(j), fmt.Sprintf("%q:0", k)) {
 			t.Errorf("no %s in %s", k, j)
 		}

@@ -135,6 +135,43 @@ func TestOrphansOfALateInterface(t *testing.T) {
 	j.Close()
 }
 
+// TestOrphansOutliveTheirProber holds that a process that ends before its probes are done leaves the orphans to the next one, and that a container that is gone has none.
+func TestOrphansOutliveTheirProber(t *testing.T) {
+	testbed.Leaks(t)
+	dir := filepath.Join(t.TempDir(), "flows")
+	first, p := flowPair(0)
+	d, q := flowPair(1)
+	j := openJournal(t, dir, 8)
+	j.put(first, p, time.Now())
+	j.put(d, q, time.Now())
+	j.Close()
+	for _, c := range []struct {
+		want   int
+		forget bool
+	}{{want: 2}, {want: 2, forget: true}, {want: 1}} {
+		j := openJournal(t, dir, 8)
+		n, err := New(Config{Network: &dialNet{}, Journal: j})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := n.Stats().TCPOrphans; got != c.want {
+			t.Errorf("%d orphans wait, want %d", got, c.want)
+		}
+		if c.forget {
+			n.Forget(d.Addr())
+		}
+		if got := n.ResetOrphans(p.Addr()); got != 0 {
+			t.Errorf("%d orphans of a peer", got)
+		}
+		if got := n.ResetOrphans(first.Addr()); got != 1 {
+			t.Errorf("%d orphans of %s, want 1", got, first.Addr())
+		}
+		testbed.Eventually(t, 5*time.Second, func() bool { return n.Stats().Probes == 1 })
+		n.Close()
+		j.Close()
+	}
+}
+
 func TestPacer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := pacer{every: time.Second / 500}
