@@ -103,13 +103,16 @@ func (d *daemonProc) there() string {
 		d.t.Fatal(err)
 	}
 	for _, n := range ns {
-		fmt.Fprintln(&b, "network", n.Name, n.Subnets, n.VNI, n.Attachments)
+		fmt.Fprintln(&b, "network", n.Name, n.Subnets, n.VNI)
 	}
 	as, err := d.client().Attachments(d.t.Context(), "")
 	if err != nil {
 		d.t.Fatal(err)
 	}
 	for _, a := range as {
+		if a.State == api.StateLeaving {
+			continue // of a command before
+		}
 		fmt.Fprintln(&b, "attachment", a.Network, a.Name, a.State, a.Addrs, a.MAC, a.IfName, len(a.Publish))
 	}
 	return b.String() + d.do("publish", "ls")
