@@ -3,8 +3,8 @@
 // # Theory of operation
 //
 // On the wire a frame is its length, four bytes in network order, and then its bytes from the destination MAC on, without FCS. There is no header for offloads, so
-// [Port.Transmit] finishes what is unfinished: checksums are completed, superframes are cut. What it makes of a batch goes into one bounded buffer; a goroutine writes the buffer out while the
-// next one fills. A frame that finds no room is dropped as txbusy: Transmit never waits for the peer.
+// [Port.Transmit] finishes what is unfinished: checksums are completed, superframes are cut. What it makes of a batch goes into a bounded buffer. There are two, which change places: a
+// goroutine writes one out while the other fills. A frame that finds no room in that is dropped as txbusy: Transmit never waits for the peer. A write that fails ends the port: Serve says why.
 //
 // [Port.Serve] reads large pieces of the stream, and hands all the frames of a piece to its sink at once. A length that no frame can have means that the two ends have lost each other: it is
 // counted as malformed, and the stream ends.
@@ -22,7 +22,8 @@
 //
 // # Limits
 //
-// Frames of wire.EthernetLen to wire.MaxFrame bytes; Config.BufferBytes of frames that wait to be written.
+// Frames of wire.EthernetLen to wire.MaxFrame bytes; Config.BufferBytes of frames that wait to be written, and as much that is
+// being written.
 //
 // # References
 //

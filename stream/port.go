@@ -37,7 +37,7 @@ type Config struct {
 	Conn net.Conn
 	// MTU in bytes of IP packet: longer frames are dropped as too big. Default DefaultMTU.
 	MTU int
-	// BufferBytes bounds the frames that wait to be written. Default DefaultBufferBytes, which is twenty milliseconds at 400 Mbit/s.
+	// BufferBytes bounds the frames that wait while as many are being written. Default DefaultBufferBytes, which is twenty milliseconds at 400 Mbit/s.
 	BufferBytes int
 	// Drops is where drops are counted. Default: counters of its own.
 	Drops *frame.DropCounters
@@ -60,6 +60,7 @@ type Port struct {
 	mu     sync.Mutex
 	buf    []byte // waits to be written
 	closed bool
+	broken error         // why the writing ended, unless Close ended it
 	wake   chan struct{} // has room for one: buf is not empty
 	writer sync.WaitGroup
 
@@ -67,6 +68,7 @@ type Port struct {
 	in       []byte     // read and not yet handed over: in[start:end]
 	start    int
 	end      int
+	bad      error // once the framing was
 	rxFrames atomic.Uint64
 	rxBytes  atomic.Uint64
 	txFrames atomic.Uint64
@@ -192,25 +194,39 @@ func (p *Port) write() {
 				break
 			}
 			if _, err := p.conn.Write(spare); err != nil {
-				p.shut()
-				p.conn.Close() // Serve sees it and says why
+				p.fail(err)
+				p.conn.Close() // so that Serve ends, and says why
 				return
 			}
 		}
 	}
 }
 
-// shut has Transmit take nothing more, and ends write.
-func (p *Port) shut() {
+// fail has Transmit take nothing more, and ends write. The first one's reason counts: nil is Close.
+func (p *Port) fail(why error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.closed {
-		p.closed = true
+		p.closed, p.broken = true, why
 		close(p.wake)
 	}
 }
 
-// First waits for the first frame and returns its source; the frame stays for Serve. It blocks until there is one, ctx ends, or the stream does.
+// closedBy is why the connection was closed at this end: the error of a write, net.ErrClosed for Close, or nil when it was not.
+func (p *Port) closedBy() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case !p.closed:
+		return nil
+	case p.broken == nil:
+		return net.ErrClosed
+	}
+	return fmt.Errorf("stream: %w", p.broken)
+}
+
+// First waits for the first frame and returns its source; the frame stays for Serve. It blocks until there is one, ctx ends (its error), the stream does (io.EOF, or why it failed) or Close is
+// called (net.ErrClosed).
 func (p *Port) First(ctx context.Context) (wire.MAC, error) {
 	p.serving.Lock()
 	defer p.serving.Unlock()
@@ -229,7 +245,7 @@ func (p *Port) First(ctx context.Context) (wire.MAC, error) {
 	}
 }
 
-// Serve hands what the peer sends to sink until ctx ends (nil), Close (nil) or the stream fails. The peer's end of the stream is io.EOF.
+// Serve hands what the peer sends to sink until ctx ends (nil), Close (nil) or the stream fails, in either direction. The peer's end of the stream is io.EOF.
 func (p *Port) Serve(ctx context.Context, sink frame.Sink) error {
 	p.serving.Lock()
 	defer p.serving.Unlock()
@@ -259,7 +275,6 @@ func (p *Port) Serve(ctx context.Context, sink frame.Sink) error {
 		}
 		switch {
 		case bad != nil:
-			p.drops.Add(frame.DropMalformed, 1)
 			return bad
 		case ctx.Err() != nil:
 			return nil
@@ -275,14 +290,19 @@ func (p *Port) Serve(ctx context.Context, sink frame.Sink) error {
 	}
 }
 
-// frame is the frame at offset at of what was read, or nil when it is not there as a whole.
+// frame is the frame at offset at of what was read, or nil when it is not there as a whole. Bad framing is counted the first time: there is no second one in a stream.
 func (p *Port) frame(at int) (data []byte, next int, err error) {
+	if p.bad != nil {
+		return nil, at, p.bad
+	}
 	if p.end-at < prefixLen {
 		return nil, at, nil
 	}
 	n := binary.BigEndian.Uint32(p.in[at:])
 	if n < wire.EthernetLen || n > wire.MaxFrame {
-		return nil, at, fmt.Errorf("stream: a frame of %d bytes: %w; is it QEMU's framing that the peer speaks?", n, ErrFraming)
+		p.drops.Add(frame.DropMalformed, 1)
+		p.bad = fmt.Errorf("stream: a frame of %d bytes: %w; is it QEMU's framing that the peer speaks?", n, ErrFraming)
+		return nil, at, p.bad
 	}
 	next = at + prefixLen + int(n)
 	if next > p.end {
@@ -302,6 +322,9 @@ func (p *Port) fill(ctx context.Context) error {
 	if n > 0 {
 		return nil
 	}
+	if why := p.closedBy(); why != nil {
+		return why
+	}
 	if err == nil || errors.Is(err, io.EOF) {
 		return io.EOF
 	}
@@ -313,9 +336,14 @@ func (p *Port) fill(ctx context.Context) error {
 
 // until has reads fail when ctx ends. The returned function puts it right again.
 func (p *Port) until(ctx context.Context) (stop func()) {
-	undo := context.AfterFunc(ctx, func() { _ = p.conn.SetReadDeadline(time.Unix(1, 0)) })
+	set := make(chan struct{})
+	undo := context.AfterFunc(ctx, func() {
+		defer close(set)
+		_ = p.conn.SetReadDeadline(time.Unix(1, 0))
+	})
 	return func() {
 		if !undo() {
+			<-set                                   // or it would be set after it was cleared, and fail the next read
 			_ = p.conn.SetReadDeadline(time.Time{}) // a connection that is closed needs none
 		}
 	}
@@ -324,7 +352,7 @@ func (p *Port) until(ctx context.Context) (stop func()) {
 // Close ends Serve, First and the writing, and closes the connection. What waits in the buffer is lost. Idempotent.
 func (p *Port) Close() error {
 	p.closeOnce.Do(func() {
-		p.shut()
+		p.fail(nil)
 		p.conn.Close()
 		p.writer.Wait()
 		p.serving.Lock() // Serve has returned

@@ -121,6 +121,21 @@ func TestFraming(t *testing.T) {
 				t.Errorf("%d frames, %d malformed", len(got), p.Drops().Get(frame.DropMalformed))
 			}
 		})
+		t.Run(name+" at first", func(t *testing.T) {
+			p, peer := pair(t, Config{})
+			if _, err := peer.Write(binary.BigEndian.AppendUint32(nil, n)); err != nil {
+				t.Fatal(err)
+			}
+			if mac, err := p.First(t.Context()); !errors.Is(err, ErrFraming) {
+				t.Errorf("First: %s, %v", mac, err)
+			}
+			if err := p.Serve(t.Context(), make(collector)); !errors.Is(err, ErrFraming) {
+				t.Errorf("Serve: %v", err)
+			}
+			if got := p.Drops().Get(frame.DropMalformed); got != 1 {
+				t.Errorf("%d malformed, want 1: it is counted once", got)
+			}
+		})
 	}
 }
 
@@ -151,6 +166,87 @@ func TestFirst(t *testing.T) {
 	stop()
 	if err := <-done; err != nil {
 		t.Errorf("%v", err)
+	}
+}
+
+// TestFirstEnds holds that waiting for a frame can be given up at any moment, and leaves a connection that can be read.
+func TestFirstEnds(t *testing.T) {
+	testbed.Leaks(t)
+	p, peer := pair(t, Config{})
+	for i := range 300 {
+		ctx, cancel := context.WithCancel(t.Context())
+		go cancel() // as First begins, waits, or has ended
+		if i%3 == 0 {
+			cancel()
+		}
+		if _, err := p.First(ctx); !errors.Is(err, context.Canceled) {
+			t.Fatalf("given up: %v", err)
+		}
+	}
+	go peer.Write(framed(ether(60, 5)))
+	if mac, err := p.First(t.Context()); err != nil || mac[5] != 5 {
+		t.Fatalf("after it was given up: %s, %v", mac, err)
+	}
+	for i := range 300 { // there is a frame, so each ends well, and none spoils the next
+		ctx, cancel := context.WithCancel(t.Context())
+		go cancel()
+		if _, err := p.First(ctx); err != nil {
+			t.Fatalf("round %d: %v", i, err)
+		}
+	}
+	go peer.Write(framed(ether(60, 6)))
+	got := make(collector, 2)
+	done := make(chan error, 1)
+	go func() { done <- p.Serve(t.Context(), got) }()
+	<-got
+	<-got
+	peer.Close()
+	if err := <-done; !errors.Is(err, io.EOF) {
+		t.Errorf("Serve: %v", err)
+	}
+
+	p, _ = pair(t, Config{})
+	time.AfterFunc(20*time.Millisecond, func() { p.Close() })
+	if _, err := p.First(t.Context()); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("closed: %v", err)
+	}
+}
+
+// brokenConn is a connection on which nothing can be written.
+type brokenConn struct {
+	net.Conn
+	why error
+}
+
+func (c brokenConn) Write([]byte) (int, error) { return 0, c.why }
+
+// TestWriteError holds that a write that fails ends the port, and that Serve and First say why.
+func TestWriteError(t *testing.T) {
+	testbed.Leaks(t)
+	why := errors.New("the cable was cut")
+	for name, wait := range map[string]func(*Port) error{
+		"Serve": func(p *Port) error { return p.Serve(t.Context(), make(collector)) },
+		"First": func(p *Port) error { _, err := p.First(t.Context()); return err },
+	} {
+		a, peer := net.Pipe()
+		defer peer.Close()
+		p, err := New(Config{Conn: brokenConn{a, why}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- wait(p) }()
+		p.Transmit([]frame.Frame{{Data: ether(60, 1)}})
+		if err := <-done; !errors.Is(err, why) {
+			t.Errorf("%s: %v, want %v", name, err, why)
+		}
+		if p.Transmit([]frame.Frame{{Data: ether(60, 1)}}) != 0 || p.Drops().Get(frame.DropPortDown) != 1 {
+			t.Errorf("%s: a broken port takes frames", name)
+		}
+		p.Close()
+		if err := p.Serve(t.Context(), make(collector)); !errors.Is(err, why) {
+			t.Errorf("%s, after Close: %v, want %v", name, err, why)
+		}
 	}
 }
 
@@ -257,6 +353,36 @@ func TestTransmitAllocatesNothing(t *testing.T) {
 	}
 	if n := testing.AllocsPerRun(200, func() { p.Transmit(fs) }); n != 0 {
 		t.Errorf("%v allocations", n)
+	}
+}
+
+// told is a sink that says that there was something.
+type told chan struct{}
+
+func (c told) Forward([]frame.Frame) { c <- struct{}{} }
+
+func TestServeAllocatesNothing(t *testing.T) {
+	p, peer := pair(t, Config{})
+	got := make(told)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- p.Serve(ctx, got) }()
+	b := framed(ether(60, 1))
+	one := func() {
+		if _, err := peer.Write(b); err != nil {
+			t.Fatal(err)
+		}
+		<-got
+	}
+	for range 100 {
+		one()
+	}
+	if n := testing.AllocsPerRun(500, one); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }
 
