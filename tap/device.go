@@ -219,6 +219,26 @@ func (d *Device) countMissed() uint64 {
 	return d.missed
 }
 
+// Dup returns duplicates of the queues' descriptors, for another process that is to go on with the interface. They are the caller's.
+func (d *Device) Dup() (fds []int, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return nil, fmt.Errorf("tap %q: %w", d.info.Name, ErrClosed)
+	}
+	for _, q := range d.queues {
+		fd, err := unix.FcntlInt(uintptr(q.fd), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			for _, fd := range fds {
+				unix.Close(fd)
+			}
+			return nil, fmt.Errorf("tap %q: duplicate a descriptor: %w; raise the limit of open files (ulimit -n)", d.info.Name, err)
+		}
+		fds = append(fds, fd)
+	}
+	return fds, nil
+}
+
 // ClearPersist lets the interface go with its last descriptor, whatever OpenConfig.Persist said. It needs no privilege over the namespace.
 func (d *Device) ClearPersist() error {
 	if d.info.Kind == KindPacket {

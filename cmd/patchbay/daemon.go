@@ -110,6 +110,11 @@ func runDaemon(c *cli.Context) error {
 	if err := configure(ctx, n, cfg.ConfigFile); err != nil {
 		return err
 	}
+	go func() {
+		<-n.TakenOver()
+		log.Warn("another node has taken over")
+		stop()
+	}()
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)

@@ -2,8 +2,13 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -342,5 +347,161 @@ func TestMetrics(t *testing.T) {
 		if !strings.Contains(string(b), want) {
 			t.Errorf("metrics lack %s:\n%s", want, b)
 		}
+	}
+}
+
+// TestTakeover replaces the daemon under a transfer between containers, a client that connects to a published port without a pause, and an idle connection through NAT.
+//
+//	[external: client, server] ── [host] 8080 ── daemon, replaced ── tap ── [web]
+//	                                                          └───── tap ── [cli] ── iperf3 → [srv]
+func TestTakeover(t *testing.T) {
+	testbed.Leaks(t)
+	iperf3, busybox := testbed.Tool(t, "iperf3"), testbed.Tool(t, "busybox")
+	ext := testbed.NewExternal(t, "external")
+	d := startDaemon(t)
+	www := t.TempDir()
+	if err := os.WriteFile(filepath.Join(www, "index.html"), []byte("hello\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	d.background("web", "-p", "8080:80", "--", busybox, "httpd", "-f", "-p", "80", "-h", www)
+	d.background("srv", "--", iperf3, "-s")
+	cli := d.background("cli", "--", "sh", "-c", "sleep 1; exec "+iperf3+" -c srv -t 6 -i 0.1 -J")
+
+	// Somebody outside asks all the time.
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	type asked struct{ n, failed int }
+	result := make(chan asked, 1)
+	url := "http://" + net.JoinHostPort(ext.HostAddr4.String(), "8080") + "/"
+	go func() {
+		c := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: ext.NS.DialContext, DisableKeepAlives: true}}
+		var a asked
+		for ctx.Err() == nil {
+			a.n++
+			r, err := c.Get(url)
+			if err == nil {
+				_, err = io.Copy(io.Discard, r.Body)
+				r.Body.Close()
+			}
+			// A connection that was accepted by the old daemon ends with it; one that is refused is what must not be.
+			if errors.Is(err, syscall.ECONNREFUSED) {
+				a.failed++
+				t.Errorf("published port: %v", err)
+			}
+			time.Sleep(2 * time.Millisecond)
+		}
+		result <- a
+	}()
+
+	// An idle connection through NAT, which cannot move: it must end.
+	l, err := ext.NS.Listen("tcp", net.JoinHostPort(ext.Addr4.String(), "7000"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	idle := d.background("idle", "--", busybox, "nc", ext.Addr4.String(), "7000")
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+
+	time.Sleep(2 * time.Second)
+	late := lateness()
+	old := d.cmd
+	for i := range 2 {
+		d.launch("--takeover")
+		if err := old.Wait(); err != nil {
+			t.Fatalf("takeover %d: the old daemon: %v: %s", i, err, d.stderr)
+		}
+		old = d.cmd
+		if !testbed.Wait(10*time.Second, func() bool { return d.up("web") && d.up("srv") && d.up("cli") }) {
+			t.Fatalf("takeover %d: %s", i, d.do("ps"))
+		}
+	}
+	if err := <-cli.done; err != nil {
+		t.Fatalf("the connection did not survive: %v: %s%s", err, cli.out, cli.stderr)
+	}
+	cli.done <- nil
+	longest, last := gap(t, []byte(cli.out.String()))
+	if bound := 1 + 10*late().Seconds(); longest > bound || last == 0 {
+		t.Errorf("gap %.1f s, want at most %.1f", longest, bound)
+	}
+	cancel()
+	a := <-result
+	t.Logf("longest time without a byte %.1f s; %d requests to the published port, %d refused", longest, a.n, a.failed)
+	if a.n < 20 {
+		t.Errorf("only %d requests", a.n)
+	}
+	select {
+	case <-idle.done:
+		idle.done <- nil
+	case <-time.After(20 * time.Second):
+		t.Error("a connection through NAT hangs after the takeover")
+	}
+}
+
+// TestIdleConnectionEndsAfterCrash holds that a container that waits on a connection through NAT is told of its end by the next daemon.
+func TestIdleConnectionEndsAfterCrash(t *testing.T) {
+	testbed.Leaks(t)
+	ext := testbed.NewExternal(t, "external")
+	d := startDaemon(t)
+	l, err := ext.NS.Listen("tcp", net.JoinHostPort(ext.Addr4.String(), "7000"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	idle := d.background("idle", "--", testbed.Tool(t, "busybox"), "nc", ext.Addr4.String(), "7000")
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	// The host connects first: the container's own handshake is known to be over when something has come through.
+	if _, err := conn.Write([]byte("hello\n")); err != nil {
+		t.Fatal(err)
+	}
+	testbed.Eventually(t, 10*time.Second, func() bool { return strings.Contains(idle.out.String(), "hello") })
+	d.end(syscall.SIGKILL)
+	d.start()
+	select {
+	case <-idle.done:
+		idle.done <- nil
+	case <-time.After(30 * time.Second):
+		t.Error("a connection through NAT hangs after a crash")
+	}
+}
+
+// TestTakeoverFails holds that a successor that cannot serve leaves everything with the daemon that is there.
+func TestTakeoverFails(t *testing.T) {
+	testbed.Leaks(t)
+	d := startDaemon(t)
+	d.background("web", "--", "sleep", "1000")
+	cmd := patchbay(t, "daemon", "--socket", d.socket(), "--state-dir", filepath.Join(d.dir, "other"), "--takeover")
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "keeps its state in") {
+		t.Errorf("another state directory: %v: %s", err, out)
+	}
+	s, err := d.client().TakeOver(t.Context()) // a successor that dies in the middle
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, fds, err := s.Next(); err != nil {
+			t.Fatal(err)
+		} else {
+			for _, fd := range fds {
+				syscall.Close(fd)
+			}
+		}
+	}
+	s.Close()
+	if !testbed.Wait(10*time.Second, func() bool {
+		out, err := d.command("run", "--", "ping", "-c1", "-W5", "web").CombinedOutput()
+		if err != nil {
+			t.Logf("%s", out)
+		}
+		return err == nil
+	}) {
+		t.Errorf("the daemon does not go on: %s", d.stderr)
 	}
 }

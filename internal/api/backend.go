@@ -33,6 +33,8 @@ type Backend interface {
 	FDB(network string) ([]FDBEntry, error)
 	// Drops are those of one network, or of all with "".
 	Drops(network string) ([]DropCount, error)
+	// HandOver stops the node for a successor and sends everything that is not on disk; the descriptors stay its own. On error it goes on as before.
+	HandOver(send func(p Part, fds []int) error) (Handing, error)
 	// Capture prepares a capture, so that a bad filter is an error before the answer begins; run blocks until ctx or w ends.
 	Capture(network string, spec CaptureSpec) (run func(ctx context.Context, w io.Writer) error, err error)
 }

@@ -129,14 +129,20 @@ func clearPath(path, flag string, live func(who, path string) error) error {
 	return nil
 }
 
-// Handover is a duplicate of l for the next node, which passes it to ListenFile. From then on closing l leaves the socket where it is.
-func Handover(l *net.UnixListener) (*os.File, error) {
-	f, err := l.File()
+// Handover is a duplicate of l's descriptor for the next node, which passes it to ListenFD or ListenFile. It is the caller's. From then on closing l leaves the socket where it is. (A duplicate from
+// l.File would not do: asking an os.File for its descriptor makes the socket blocking, in both processes.)
+func Handover(l *net.UnixListener) (fd int, err error) {
+	rc, err := l.SyscallConn()
+	if err == nil {
+		if cerr := rc.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3) }); cerr != nil {
+			err = cerr
+		}
+	}
 	if err != nil {
-		return nil, fmt.Errorf("socket %s: %w", l.Addr(), err)
+		return -1, fmt.Errorf("socket %s: %w", l.Addr(), err)
 	}
 	l.SetUnlinkOnClose(false)
-	return f, nil
+	return fd, nil
 }
 
 // ListenFile makes a listener of one that another node has handed over. f stays the caller's. Closing the listener leaves the socket where it is, for the next Listen to replace.

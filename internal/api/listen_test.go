@@ -148,12 +148,11 @@ func TestListenRace(t *testing.T) {
 // TestHandover: a client sees no gap, the new node's pid, and the socket survives the old one's end.
 func TestHandover(t *testing.T) {
 	s := start(t, ServerConfig{})
-	f, err := Handover(s.l)
+	fd, err := Handover(s.l)
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := ListenFile(f)
-	f.Close()
+	l, err := ListenFD([]int{fd})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,10 +193,11 @@ func TestHandoverPID(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f, err := Handover(l)
+	fd, err := Handover(l)
 	if err != nil {
 		t.Fatal(err)
 	}
+	f := os.NewFile(uintptr(fd), "listener")
 	defer f.Close()
 	exe, err := os.Executable()
 	if err != nil {

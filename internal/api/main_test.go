@@ -51,7 +51,17 @@ type fake struct {
 	waiting     int           // Attaches that do or did
 	capture     func(ctx context.Context, w io.Writer) error
 	captureSpec CaptureSpec
+	handing     *fakeHanding // nil: refuses to hand over
 }
+
+// fakeHanding says what became of a handover.
+type fakeHanding struct {
+	fds   []int
+	ended chan string
+}
+
+func (h *fakeHanding) Commit() { h.ended <- "committed" }
+func (h *fakeHanding) Resume() { h.ended <- "resumed" }
 
 func newFake() *fake {
 	return &fake{networks: map[string]Network{}, attachments: map[string]Attachment{}, publishes: map[string]Publish{}}
@@ -61,6 +71,17 @@ func newFake() *fake {
 func (f *fake) note(format string, args ...any) error {
 	f.calls = append(f.calls, fmt.Sprintf(format, args...))
 	return f.err
+}
+
+// HandOver gives the other end of a pipe, so that a test sees it arrive.
+func (f *fake) HandOver(send func(Part, []int) error) (Handing, error) {
+	if f.handing == nil {
+		return nil, Errorf(CodeUnavailable, "try again", "no handover now")
+	}
+	if err := send(Part{Kind: PartTAP, Network: "lab", Name: "web"}, f.handing.fds); err != nil {
+		return nil, err
+	}
+	return f.handing, nil
 }
 
 func (f *fake) Info() Info { return Info{Version: "v0-test", PID: os.Getpid(), StateDir: "/state"} }

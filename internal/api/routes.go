@@ -48,6 +48,7 @@ var routes = []route{
 	{"DELETE", Prefix + "/publishes/{id}", nil, (*Server).removePublish},
 
 	{"GET", Prefix + "/drops", nil, (*Server).listDrops},
+	{"POST", Prefix + "/takeover", nil, (*Server).takeover},
 }
 
 func (s *Server) health(w http.ResponseWriter, _ *http.Request) error {

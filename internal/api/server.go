@@ -72,7 +72,8 @@ func NewServer(cfg ServerConfig) *Server {
 
 // serving is one call of Serve.
 type serving struct {
-	ending <-chan struct{}
+	ending   <-chan struct{}
+	listener *net.UnixListener
 
 	mu       sync.Mutex
 	ended    bool // no session begins any more
@@ -109,7 +110,7 @@ type who struct {
 // Serve answers on l until ctx ends, and then ends captures and sessions, lets other requests end, and closes l. Attachments of LifetimeSession outlast that: their
 // clients resume them at the next node. It blocks. The error is nil when ctx ended it. Several calls may run at once.
 func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
-	run := &serving{ending: ctx.Done()}
+	run := &serving{ending: ctx.Done(), listener: l}
 	base, cancel := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), servingKey{}, run))
 	defer cancel()
 	srv := &http.Server{

@@ -36,20 +36,40 @@ func (c *Client) Resume(ctx context.Context, network, name string) (*Session, er
 	return c.session(ctx, place("networks", network, "attachments", name, "resume"), nil)
 }
 
-// session speaks HTTP by itself, since net/http does not give the socket away.
+// session opens a Session and waits for its Plan.
 func (c *Client) session(ctx context.Context, path string, body any) (_ *Session, err error) {
-	req, err := newRequest(ctx, http.MethodPost, path, body)
+	conn, r, err := c.upgrade(ctx, path, upgrade, body)
 	if err != nil {
 		return nil, err
 	}
+	s := &Session{c: c, conn: conn, r: r, closed: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			s.Close()
+		}
+	}()
+	defer s.until(ctx)()
+	if err := s.recv(&s.plan); err != nil {
+		return nil, s.lost(ctx, err)
+	}
+	return s, nil
+}
+
+// upgrade makes a request whose answer leaves HTTP for protocol, on a connection of its own. It speaks HTTP by itself, since net/http does not give the socket away. r has what was
+// read ahead.
+func (c *Client) upgrade(ctx context.Context, path, protocol string, body any) (_ *net.UnixConn, r *bufio.Reader, err error) {
+	req, err := newRequest(ctx, http.MethodPost, path, body)
+	if err != nil {
+		return nil, nil, err
+	}
 	req.Header.Set("Connection", "Upgrade")
-	req.Header.Set("Upgrade", upgrade)
+	req.Header.Set("Upgrade", protocol)
 	conn, err := c.dialer.DialContext(ctx, "unix", c.socket)
 	if err != nil {
 		if ctx.Err() != nil {
-			return nil, fmt.Errorf("node at %s: %w", c.socket, err)
+			return nil, nil, fmt.Errorf("node at %s: %w", c.socket, err)
 		}
-		return nil, c.noNode(err)
+		return nil, nil, c.noNode(err)
 	}
 	s := &Session{c: c, conn: conn.(*net.UnixConn), r: bufio.NewReaderSize(conn, MaxBody), closed: make(chan struct{})}
 	defer func() {
@@ -62,19 +82,16 @@ func (c *Client) session(ctx context.Context, path string, body any) (_ *Session
 	werr := req.Write(conn)
 	resp, err := http.ReadResponse(s.r, req)
 	if err != nil {
-		return nil, s.lost(ctx, errors.Join(werr, err))
+		return nil, nil, s.lost(ctx, errors.Join(werr, err))
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		b, err := c.body(resp)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		return nil, readRefusal(resp.Status, b)
+		return nil, nil, readRefusal(resp.Status, b)
 	}
-	if err := s.recv(&s.plan); err != nil {
-		return nil, s.lost(ctx, err)
-	}
-	return s, nil
+	return s.conn, s.r, nil
 }
 
 // Plan is what to open inside, and how to configure it.

@@ -39,6 +39,7 @@ type attachment struct {
 	detached  chan struct{} // closed when it is being taken away
 	going     bool
 	listener  *net.UnixListener // of LifetimeStream
+	inherited bool              // plugged with what another node handed over, and not seen its client yet
 	session   int               // which Attaching is its client's now: one that has been replaced has no say any more
 }
 
@@ -196,8 +197,15 @@ func (t *attaching) Plug(_ context.Context, d api.Device) (api.Attachment, error
 		return api.Attachment{}, api.Errorf(api.CodeInvalid, "give device.identity", "attachment %q: nobody says which namespace it is in", a.Name())
 	}
 	n.mu.Lock()
+	inherited := a.inherited
+	a.inherited = false
 	a.rec.PID, a.rec.Identity, a.rec.Info, a.rec.Notes, a.rec.IfName = cmp.Or(d.PID, a.rec.PID), d.Identity, d.Info, d.Notes, d.Info.Name
 	n.mu.Unlock()
+	if inherited { // the client's descriptors are duplicates of those that are plugged already
+		h.Close()
+		t.plugged = true
+		return n.describe(a), a.save()
+	}
 	if err := a.plug(h); err != nil {
 		t.Abort()
 		return api.Attachment{}, err

@@ -11,6 +11,7 @@ import (
 	"maps"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -67,7 +68,8 @@ type Node struct {
 
 	mu        sync.Mutex
 	closed    bool
-	frozen    bool // by a takeover that is under way
+	frozen    bool          // by a takeover that is under way
+	takenOver chan struct{} // closed when another node has taken over
 	networks  map[string]*network
 	publishes map[string]*publish // by id
 	queues    int                 // of TAPs, that have a thread each
@@ -83,10 +85,13 @@ type network struct {
 
 // New opens the state and brings everything back that is in it: networks and published ports before it returns, attachments in the background as their namespaces are found or their
 // clients come. The caller closes the node.
-func New(ctx context.Context, cfg Config) (_ *Node, err error) {
+func New(ctx context.Context, cfg Config) (*Node, error) { return newNode(ctx, cfg, nil) }
+
+// newNode is New that goes on with what another node has handed over, if it is not nil.
+func newNode(ctx context.Context, cfg Config, from *inheritance) (_ *Node, err error) {
 	cfg.MaxNetworks = cmp.Or(cfg.MaxNetworks, DefaultMaxNetworks)
 	cfg.MaxAttachments = cmp.Or(cfg.MaxAttachments, DefaultMaxAttachments)
-	n := &Node{cfg: cfg, log: cfg.Logger, started: time.Now(), networks: make(map[string]*network), publishes: make(map[string]*publish)}
+	n := &Node{cfg: cfg, log: cfg.Logger, started: time.Now(), networks: make(map[string]*network), publishes: make(map[string]*publish), takenOver: make(chan struct{})}
 	if n.log == nil {
 		n.log = slog.New(slog.DiscardHandler)
 	}
@@ -100,10 +105,10 @@ func New(ctx context.Context, cfg Config) (_ *Node, err error) {
 			n.Close()
 		}
 	}()
-	if n.leases, err = store.New(n.state.db, leaseBucket); err != nil {
+	if n.leases, err = store.New(n.state.db.Load(), leaseBucket); err != nil {
 		return nil, err
 	}
-	if err := n.restore(ctx); err != nil {
+	if err := n.restore(ctx, from); err != nil {
 		return nil, err
 	}
 	n.background.Go(n.watchNamespaces)
@@ -236,12 +241,17 @@ func (n *Node) open(ctx context.Context, rec *networkRecord, restored bool, take
 	live, err := node.NewNetwork(ctx, node.NetworkConfig{
 		Name: rec.Name, Subnets: rec.Subnets, Taken: taken, Restored: restored, Gateways: rec.Gateways, GatewayMAC: rec.GatewayMAC,
 		Internal: rec.Internal, Isolate: rec.Isolate, MTU: rec.MTU, HostLoopback: rec.HostLoopback, AllowLinkLocal: rec.LinkLocal, DNS: rec.DNS,
-		Leases: n.leases, Limits: n.cfg.Limits, Logger: n.log,
+		Leases: n.leases, JournalDir: n.journalDir(rec), Limits: n.cfg.Limits, Logger: n.log,
 	})
 	if err != nil {
 		return nil, refuse(api.CodeInvalid, err)
 	}
 	return live, nil
+}
+
+// journalDir is where a network's TCP flows are noted.
+func (n *Node) journalDir(rec *networkRecord) string {
+	return filepath.Join(n.cfg.StateDir, "flows", rec.ID)
 }
 
 // RemoveNetwork implements api.Backend.
@@ -266,6 +276,9 @@ func (n *Node) RemoveNetwork(ctx context.Context, name string) error {
 		if err := n.leases.Drop(ctx, ipam.Key(nw.rec.Name, p)); err != nil {
 			n.log.Warn("leases of a removed network stay on disk", "network", nw.rec.Name, "subnet", p, "error", err)
 		}
+	}
+	if err := os.RemoveAll(n.journalDir(&nw.rec)); err != nil {
+		n.log.Warn("flows of a removed network stay on disk", "network", nw.rec.Name, "error", err)
 	}
 	n.mu.Lock()
 	delete(n.networks, nw.rec.Name)

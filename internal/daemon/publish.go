@@ -19,9 +19,14 @@ type publish struct {
 	err  error          // why
 }
 
-// publish opens ports and puts them on a's list; id is the record's, or "" for a new one. It does not write them down.
-func (n *Node) publish(a *attachment, s nat.Spec, origin, id string) (*publish, error) {
-	live, err := a.Attachment.Publish(s)
+// publish opens ports, or goes on with sockets that another node had, and puts them on a's list; id is the record's, or "" for a new one. It does not write them down.
+func (n *Node) publish(a *attachment, s nat.Spec, origin, id string, inherited ...int) (*publish, error) {
+	live, err := (*nat.Published)(nil), error(nil)
+	if len(inherited) > 0 {
+		live, err = a.PublishFrom(s, inherited)
+	} else {
+		live, err = a.Attachment.Publish(s)
+	}
 	p := &publish{rec: publishRecord{ID: cmp.Or(id, newID()[:8]), Spec: s.String(), Origin: origin}, a: a, live: live, err: err}
 	if err != nil && id == "" {
 		return nil, refuse(api.CodeInvalid, err)
@@ -33,7 +38,9 @@ func (n *Node) publish(a *attachment, s nat.Spec, origin, id string) (*publish, 
 	}
 	n.publishes[p.rec.ID] = p
 	a.publishes = append(a.publishes, p)
-	a.rec.Ports = append(a.rec.Ports, p.rec)
+	if !slices.Contains(a.rec.Ports, p.rec) { // as those that were on disk are
+		a.rec.Ports = append(a.rec.Ports, p.rec)
+	}
 	return p, nil
 }
 

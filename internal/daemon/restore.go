@@ -19,7 +19,7 @@ import (
 const reopeners = 4
 
 // restore brings back what is on disk. Networks and reservations are there when it returns; devices come in the background.
-func (n *Node) restore(ctx context.Context) error {
+func (n *Node) restore(ctx context.Context, from *inheritance) error {
 	recs, attachments, err := n.state.load()
 	if err != nil {
 		return err
@@ -36,7 +36,7 @@ func (n *Node) restore(ctx context.Context) error {
 		n.networks[rec.Name] = nw
 		n.mu.Unlock()
 		for _, r := range attachments[rec.Name] {
-			a, err := n.restoreAttachment(ctx, nw, r)
+			a, err := n.restoreAttachment(ctx, nw, r, from)
 			if err != nil {
 				// The others are worth more than a start that fails.
 				n.log.Error("attachment is not restored", "network", rec.Name, "name", r.Name, "error", err)
@@ -45,10 +45,11 @@ func (n *Node) restore(ctx context.Context) error {
 				}
 				continue
 			}
-			if r.Lifetime == api.LifetimeNamespace {
+			if r.Lifetime == api.LifetimeNamespace && a.Lost() == nil {
 				reopen = append(reopen, a)
 			}
 		}
+		n.inheritFlows(nw, from)
 		if err := nw.ReconcileLeases(ctx); err != nil {
 			return err
 		}
@@ -58,20 +59,19 @@ func (n *Node) restore(ctx context.Context) error {
 }
 
 // restoreAttachment reserves what the attachment had, and arranges for its device to come.
-func (n *Node) restoreAttachment(ctx context.Context, nw *network, rec attachmentRecord) (*attachment, error) {
-	ports := rec.Ports
-	rec.Ports = nil
+func (n *Node) restoreAttachment(ctx context.Context, nw *network, rec attachmentRecord, from *inheritance) (*attachment, error) {
 	a, err := n.reserve(ctx, nw, rec)
 	if err != nil {
 		return nil, err
 	}
-	for _, p := range ports {
+	n.inherit(a, from)
+	for _, p := range rec.Ports {
 		s, err := nat.ParseSpec(p.Spec)
 		if err != nil {
 			n.log.Error("published ports are not restored", "name", rec.Name, "ports", p.Spec, "error", err)
 			continue
 		}
-		if live, err := n.publish(a, s, p.Origin, p.ID); err == nil && live.err != nil {
+		if live, err := n.publish(a, s, p.Origin, p.ID, from.published(p.ID)...); err == nil && live.err != nil {
 			n.log.Warn("published ports are not open", "name", rec.Name, "ports", p.Spec, "error", live.err)
 		}
 	}
@@ -79,9 +79,11 @@ func (n *Node) restoreAttachment(ctx context.Context, nw *network, rec attachmen
 	case api.LifetimeSession:
 		n.background.Go(func() { n.awaitHolder(a) })
 	case api.LifetimeStream:
-		l, err := api.ListenStream(rec.Stream)
-		if err != nil {
-			return nil, errors.Join(err, a.remove())
+		l := from.stream(attachmentKey(nw.rec.Name, rec.Name))
+		if l == nil {
+			if l, err = api.ListenStream(rec.Stream); err != nil {
+				return nil, errors.Join(err, a.remove())
+			}
 		}
 		n.listenStream(a, l)
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -65,7 +66,7 @@ const (
 
 // state is the file that everything durable is in. A call that writes returns when it is on disk.
 type state struct {
-	db   *bbolt.DB
+	db   atomic.Pointer[bbolt.DB]
 	path string
 }
 
@@ -78,24 +79,34 @@ func openState(dir string) (*state, error) {
 		return nil, fmt.Errorf("state directory %s: %w; name one that you may write with --state-dir", dir, err)
 	}
 	path := filepath.Join(dir, "state.db")
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
-	switch {
-	case errors.Is(err, bolterrors.ErrTimeout):
-		return nil, fmt.Errorf("state file %s is in use by another node; stop it, or give this one a --state-dir of its own", path)
-	case err != nil:
-		return nil, fmt.Errorf("state file %s: %w; if it is damaged, move it away and networks start anew", path, err)
-	}
-	s := &state{db: db, path: path}
-	if err := s.prepare(); err != nil {
-		db.Close()
+	s := &state{path: path}
+	if err := s.open(); err != nil {
 		return nil, err
 	}
 	return s, nil
 }
 
+// open opens the file, again after close.
+func (s *state) open() error {
+	path := s.path
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
+	switch {
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return fmt.Errorf("state file %s is in use by another node; stop it, or give this one a --state-dir of its own", path)
+	case err != nil:
+		return fmt.Errorf("state file %s: %w; if it is damaged, move it away and networks start anew", path, err)
+	}
+	s.db.Store(db)
+	if err := s.prepare(); err != nil {
+		db.Close()
+		return err
+	}
+	return nil
+}
+
 // prepare makes the buckets and checks the version.
 func (s *state) prepare() error {
-	return s.db.Update(func(tx *bbolt.Tx) error {
+	return s.db.Load().Update(func(tx *bbolt.Tx) error {
 		for _, b := range [][]byte{networkBucket, attachmentBucket, metaBucket} {
 			if _, err := tx.CreateBucketIfNotExists(b); err != nil {
 				return fmt.Errorf("state file %s: %w", s.path, err)
@@ -119,7 +130,7 @@ func (s *state) prepare() error {
 	})
 }
 
-func (s *state) close() error { return s.db.Close() }
+func (s *state) close() error { return s.db.Load().Close() }
 
 func attachmentKey(network, name string) string { return network + "/" + name }
 
@@ -130,7 +141,7 @@ func (s *state) put(bucket []byte, key string, rec any) error {
 		return fmt.Errorf("state of %q: %w", key, err)
 	}
 	// Batch shares one fsync among those who come at once; its function may run twice.
-	if err := s.db.Batch(func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Put([]byte(key), b) }); err != nil {
+	if err := s.db.Load().Batch(func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Put([]byte(key), b) }); err != nil {
 		return fmt.Errorf("state file %s: write %q: %w; is the disk full?", s.path, key, err)
 	}
 	return nil
@@ -138,7 +149,7 @@ func (s *state) put(bucket []byte, key string, rec any) error {
 
 // remove deletes one record. One that is not there is no error.
 func (s *state) remove(bucket []byte, key string) error {
-	if err := s.db.Batch(func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Delete([]byte(key)) }); err != nil {
+	if err := s.db.Load().Batch(func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Delete([]byte(key)) }); err != nil {
 		return fmt.Errorf("state file %s: delete %q: %w; is the disk full?", s.path, key, err)
 	}
 	return nil
@@ -147,7 +158,7 @@ func (s *state) remove(bucket []byte, key string) error {
 // load reads everything. attachments are by network name.
 func (s *state) load() (networks []networkRecord, attachments map[string][]attachmentRecord, err error) {
 	attachments = make(map[string][]attachmentRecord)
-	err = s.db.View(func(tx *bbolt.Tx) error {
+	err = s.db.Load().View(func(tx *bbolt.Tx) error {
 		if err := tx.Bucket(networkBucket).ForEach(func(k, v []byte) error {
 			var r networkRecord
 			if err := json.Unmarshal(v, &r); err != nil {

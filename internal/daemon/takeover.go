@@ -2,12 +2,392 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
 	"net"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"patchbay/internal/api"
+	"patchbay/nat"
+	"patchbay/tap"
 )
 
-// TakeOver replaces the node that answers at socket.
-func TakeOver(context.Context, Config, string) (*Node, *net.UnixListener, error) {
-	return nil, nil, api.Errorf(api.CodeUnavailable, "", "not yet")
+// HandOver implements api.Backend. The node stops changing anything, stops reading its TAPs and accepting clients, sends what is not on disk and lets go of the state file. Frames and clients
+// wait in the kernel's queues meanwhile.
+func (n *Node) HandOver(send func(p api.Part, fds []int) error) (api.Handing, error) {
+	n.mu.Lock()
+	if err := n.busy(); err != nil {
+		n.mu.Unlock()
+		return nil, err
+	}
+	n.frozen = true
+	n.mu.Unlock()
+	h := &handing{n: n}
+	for _, nw := range n.sorted() {
+		if err := h.network(nw, send); err != nil {
+			h.Resume()
+			return nil, err
+		}
+	}
+	h.closed = true
+	if err := n.state.close(); err != nil {
+		h.Resume()
+		return nil, err
+	}
+	return h, nil
+}
+
+// handing is a node that waits for its successor.
+type handing struct {
+	n      *Node
+	closed bool // the state file
+}
+
+// network hands over one network's devices and sockets.
+func (h *handing) network(nw *network, send func(p api.Part, fds []int) error) error {
+	h.n.mu.Lock()
+	var as []*attachment
+	for _, a := range nw.attachments {
+		if !a.going {
+			as = append(as, a)
+		}
+	}
+	h.n.mu.Unlock()
+	for _, a := range as {
+		if err := h.attachment(a, send); err != nil {
+			return fmt.Errorf("hand over %q of network %q: %w", a.Name(), nw.rec.Name, err)
+		}
+	}
+	states, fds, err := nw.ExportUDP()
+	if err != nil {
+		return err
+	}
+	defer closeAll(fds)
+	for len(states) > 0 {
+		k := min(len(states), api.MaxPartFDs)
+		b, err := json.Marshal(states[:k])
+		if err != nil {
+			return err
+		}
+		if err := send(api.Part{Kind: api.PartUDP, Network: nw.rec.Name, Flows: b}, fds[len(fds)-len(states):][:k]); err != nil {
+			return err
+		}
+		states = states[k:]
+	}
+	return nil
+}
+
+// attachment hands over one attachment's device and sockets.
+func (h *handing) attachment(a *attachment, send func(p api.Part, fds []int) error) error {
+	part := api.Part{Network: a.network.rec.Name, Name: a.Name()}
+	tp, err := a.Pause()
+	if err != nil {
+		return err
+	}
+	if tp != nil {
+		defer tp.Close()
+		p := part
+		p.Kind, p.Info = api.PartTAP, &tp.Info
+		if err := send(p, tp.FDs); err != nil {
+			return err
+		}
+	}
+	h.n.mu.Lock()
+	l, publishes := a.listener, slices.Clone(a.publishes)
+	h.n.mu.Unlock()
+	if l != nil {
+		fd, err := api.Handover(l)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		p := part
+		p.Kind = api.PartStream
+		if err := send(p, []int{fd}); err != nil {
+			return err
+		}
+	}
+	for _, pub := range publishes {
+		if pub.live == nil {
+			continue
+		}
+		fds, err := pub.live.Export()
+		if err != nil {
+			return err
+		}
+		p := part
+		p.Kind, p.ID = api.PartPublish, pub.rec.ID
+		for chunk := range slices.Chunk(fds, api.MaxPartFDs) {
+			if err := send(p, chunk); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Commit implements api.Handing.
+func (h *handing) Commit() { close(h.n.takenOver) }
+
+// TakenOver is closed when another node has taken over: this one is to be closed soon.
+func (n *Node) TakenOver() <-chan struct{} { return n.takenOver }
+
+// Resume implements api.Handing: everything goes on as before. What cannot is in the log.
+func (h *handing) Resume() {
+	n := h.n
+	var errs []error
+	if h.closed {
+		err := n.state.open()
+		if err == nil {
+			n.leases.Use(n.state.db.Load())
+		}
+		errs = append(errs, err)
+	}
+	for _, nw := range n.sorted() {
+		n.mu.Lock()
+		var as []*attachment
+		for _, a := range nw.attachments {
+			as = append(as, a)
+		}
+		n.mu.Unlock()
+		for _, a := range as {
+			errs = append(errs, a.Continue())
+			n.mu.Lock()
+			l, publishes := a.listener, slices.Clone(a.publishes)
+			n.mu.Unlock()
+			if l != nil {
+				l.SetUnlinkOnClose(true)
+			}
+			for _, p := range publishes {
+				if p.live != nil {
+					errs = append(errs, p.live.Resume())
+				}
+			}
+		}
+		errs = append(errs, nw.ResumeUDP())
+	}
+	n.mu.Lock()
+	n.frozen = false
+	n.mu.Unlock()
+	if err := errors.Join(errs...); err != nil {
+		n.log.Error("after a takeover that failed, not everything goes on", "error", err)
+	}
+	n.endAbandoned()
+}
+
+// endAbandoned ends the attachments whose clients left while nothing could be changed.
+func (n *Node) endAbandoned() {
+	var gone []*attachment
+	for _, nw := range n.sorted() {
+		n.mu.Lock()
+		for _, a := range nw.attachments {
+			if a.lifetime != api.LifetimeSession || a.rec.Holder == nil {
+				continue
+			}
+			if fd, err := holderFD(a.rec.Holder); err == nil {
+				unix.Close(fd)
+			} else {
+				gone = append(gone, a)
+			}
+		}
+		n.mu.Unlock()
+	}
+	for _, a := range gone {
+		a.end()
+	}
+}
+
+// inheritance is what another node has handed over. What is taken out of it is the taker's; close closes the rest.
+type inheritance struct {
+	api       *net.UnixListener
+	taps      map[string]*tap.Handle // by attachmentKey
+	streams   map[string]*net.UnixListener
+	publishes map[string][]int // by id
+	udp       map[string][]udpPart
+}
+
+type udpPart struct {
+	states []nat.UDPFlowState
+	fds    []int
+}
+
+// take reads what s hands over, to its end.
+func (i *inheritance) take(s *api.Successor) error {
+	for {
+		p, fds, err := s.Next()
+		if err != nil {
+			return err
+		}
+		key := attachmentKey(p.Network, p.Name)
+		switch p.Kind {
+		case api.PartEnd:
+			closeAll(fds)
+			if i.api == nil {
+				return errors.New("the other node keeps its socket; it is of another version")
+			}
+			return nil
+		case api.PartAPI:
+			i.api, err = api.ListenFD(fds)
+		case api.PartStream:
+			i.streams[key], err = api.ListenFD(fds)
+		case api.PartTAP:
+			if p.Info == nil {
+				closeAll(fds)
+				return fmt.Errorf("the other node does not describe %s; it is of another version", key)
+			}
+			i.taps[key] = &tap.Handle{Info: *p.Info, FDs: fds}
+		case api.PartPublish:
+			i.publishes[p.ID] = append(i.publishes[p.ID], fds...)
+		case api.PartUDP:
+			u := udpPart{fds: fds}
+			err = json.Unmarshal(p.Flows, &u.states)
+			i.udp[p.Network] = append(i.udp[p.Network], u)
+		default:
+			closeAll(fds)
+			return fmt.Errorf("the other node hands over %q, which this one does not know; it is of another version", p.Kind)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// tap, stream, published and flows take something out. A nil inheritance has nothing.
+
+func (i *inheritance) tap(key string) *tap.Handle {
+	if i == nil {
+		return nil
+	}
+	h := i.taps[key]
+	delete(i.taps, key)
+	return h
+}
+
+func (i *inheritance) stream(key string) *net.UnixListener {
+	if i == nil {
+		return nil
+	}
+	l := i.streams[key]
+	delete(i.streams, key)
+	return l
+}
+
+func (i *inheritance) published(id string) []int {
+	if i == nil {
+		return nil
+	}
+	fds := i.publishes[id]
+	delete(i.publishes, id)
+	return fds
+}
+
+func (i *inheritance) flows(network string) []udpPart {
+	if i == nil {
+		return nil
+	}
+	parts := i.udp[network]
+	delete(i.udp, network)
+	return parts
+}
+
+func (i *inheritance) close() {
+	if i.api != nil {
+		i.api.Close()
+	}
+	for _, h := range i.taps {
+		_ = h.Close() // the other node has its own
+	}
+	for _, l := range i.streams {
+		l.Close()
+	}
+	for _, fds := range i.publishes {
+		closeAll(fds)
+	}
+	for _, parts := range i.udp {
+		for _, u := range parts {
+			closeAll(u.fds)
+		}
+	}
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+}
+
+// TakeOver makes a node that replaces the one which answers at socket, with everything that one has. When it returns this node serves, and the other one has ended or is about to. On error the
+// other one goes on as before.
+func TakeOver(ctx context.Context, cfg Config, socket string) (*Node, *net.UnixListener, error) {
+	client := api.NewClient(socket)
+	info, err := client.Info(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	if info.StateDir != cfg.StateDir {
+		return nil, nil, api.Errorf(api.CodeInvalid, "give --state-dir "+info.StateDir, "the node at %s keeps its state in %s, not in %s", socket, info.StateDir, cfg.StateDir)
+	}
+	s, err := client.TakeOver(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer s.Close()
+	from := &inheritance{
+		taps: make(map[string]*tap.Handle), streams: make(map[string]*net.UnixListener), publishes: make(map[string][]int), udp: make(map[string][]udpPart),
+	}
+	if err := from.take(s); err != nil {
+		from.close()
+		return nil, nil, err
+	}
+	n, err := newNode(ctx, cfg, from)
+	if err != nil {
+		from.close()
+		return nil, nil, err
+	}
+	l := from.api
+	from.api = nil
+	from.close() // of attachments that are not on disk
+	if err := s.Done(); err != nil {
+		// The old one may not have heard; two that serve would be worse than one that is slow to end.
+		n.log.Warn("the node that was taken over", "reason", err)
+	}
+	n.resetOrphans()
+	return n, l, nil
+}
+
+// resetOrphans ends the connections through NAT that the other node had.
+func (n *Node) resetOrphans() {
+	for _, nw := range n.sorted() {
+		for _, a := range nw.Attachments() {
+			a.ResetOrphans()
+		}
+	}
+}
+
+// inherit plugs the device that another node had, if it had one.
+func (n *Node) inherit(a *attachment, from *inheritance) {
+	h := from.tap(attachmentKey(a.network.rec.Name, a.Name()))
+	if h == nil {
+		return
+	}
+	if err := a.plug(h); err != nil {
+		n.log.Error("device handed over", "network", a.network.rec.Name, "name", a.Name(), "error", err)
+		return
+	}
+	n.mu.Lock()
+	a.inherited = true
+	n.mu.Unlock()
+}
+
+// inheritFlows goes on with the UDP flows of a network.
+func (n *Node) inheritFlows(nw *network, from *inheritance) {
+	for _, u := range from.flows(nw.rec.Name) {
+		if _, err := nw.ImportUDP(u.states, u.fds); err != nil {
+			n.log.Warn("UDP flows handed over", "network", nw.rec.Name, "reason", strings.ReplaceAll(err.Error(), "\n", "; "))
+		}
+	}
 }

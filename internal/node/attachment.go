@@ -63,6 +63,7 @@ type link struct {
 	info      tap.Info
 	port      vswitch.PortID
 	since     time.Time
+	serve     func(*link, context.Context) error // starts the reading, again after Pause
 	stopServe context.CancelFunc
 	stopPulls []func() // of a shared loop
 	serving   sync.WaitGroup
@@ -307,7 +308,7 @@ func (a *Attachment) plug(dev Device, info tap.Info, serve func(*link, context.C
 	if a.closed || a.link != nil {
 		return errors.Join(fmt.Errorf("attachment %q on network %q: it is being detached, or plugged already", a.name, n.cfg.Name), dev.Close())
 	}
-	l := &link{device: dev, info: info, since: time.Now(), lost: make(chan struct{})}
+	l := &link{device: dev, info: info, since: time.Now(), serve: serve, lost: make(chan struct{})}
 	a.link = l
 	defer func() {
 		if err != nil {
@@ -335,12 +336,30 @@ func (a *Attachment) plug(dev Device, info tap.Info, serve func(*link, context.C
 	if err := serve(l, ctx); err != nil {
 		return err
 	}
+	a.resetOrphans()
 	n.mu.Lock()
 	a.plugged = true
 	n.publishZone()
 	n.mu.Unlock()
 	n.log.Info("attachment up", "network", n.cfg.Name, "name", a.name, "addrs", a.addrs, "mac", a.mac, "port", l.port)
 	return nil
+}
+
+// ResetOrphans ends the TCP connections that an earlier process carried for the container. Plugging does it too; it is for an earlier process that has ended since.
+func (a *Attachment) ResetOrphans() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.link != nil {
+		a.resetOrphans()
+	}
+}
+
+func (a *Attachment) resetOrphans() {
+	for _, addr := range append(slices.Clone(a.addrs), wire.LinkLocal(a.mac)) {
+		if k := a.network.nat.ResetOrphans(addr); k > 0 {
+			a.network.log.Info("connections of an earlier process are reset", "network", a.network.cfg.Name, "name", a.name, "addr", addr, "connections", k)
+		}
+	}
 }
 
 // sink is the switch as the device of port sees it.
@@ -392,6 +411,51 @@ func (a *Attachment) Lost() <-chan struct{} {
 		return nil
 	}
 	return a.link.lost
+}
+
+// Pause stops reading from the attachment's TAP and returns duplicates of its descriptors, which are the caller's, for another process to go on: what its container sends waits in the
+// interface's queues. What is for the container is still delivered. There are none when it is not plugged, or with another device.
+func (a *Attachment) Pause() (*tap.Handle, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.link == nil {
+		return nil, nil
+	}
+	dev, ok := a.link.device.(*tap.Device)
+	if !ok {
+		return nil, nil
+	}
+	fds, err := dev.Dup()
+	if err != nil {
+		return nil, err
+	}
+	a.link.stopServe()
+	a.link.serving.Wait()
+	return &tap.Handle{Info: a.link.info, FDs: fds}, nil
+}
+
+// Continue reads again after Pause. It does nothing when the attachment is not plugged.
+func (a *Attachment) Continue() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.link == nil {
+		return nil
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	a.link.stopServe = stop
+	return a.link.serve(a.link, ctx)
+}
+
+// PublishFrom is Publish with sockets that another process has handed over (nat.Published.Export). It takes fds over, on error too.
+func (a *Attachment) PublishFrom(s nat.Spec, fds []int) (*nat.Published, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p, err := a.network.nat.PublishFrom(s, a.addrs, fds)
+	if err != nil {
+		return nil, err
+	}
+	a.published = append(a.published, p)
+	return p, nil
 }
 
 // ClearPersist lets the interface inside go when the device is closed. Devices that are not persistent go anyway.

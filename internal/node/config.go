@@ -31,6 +31,8 @@ type NetworkConfig struct {
 	Internal bool
 	// Isolate lets attachments reach the gateway alone.
 	Isolate bool
+	// JournalDir is where TCP flows through NAT are noted, so that the next process can reset them after a crash of this one. Default: nowhere.
+	JournalDir string
 	// Leases is where addresses are kept. Default: in memory.
 	Leases ipam.Store
 	// MTU in bytes of IP packet: 576 (IPv4 alone) or 1280 (both) to 65521, which is the most a TAP takes. Below 1280 the default subnets are IPv4 alone. Default 1500.

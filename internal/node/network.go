@@ -46,6 +46,7 @@ type Network struct {
 	gwPort vswitch.PortID
 	gw     *stack.Gateway
 	nat    *nat.NAT
+	flows  *nat.Journal // nil: TCP flows are not noted
 	dns    *dns.Server
 	dhcp   *dhcp.Server        // nil without IPv4
 	drops  *frame.DropCounters // of the gateway and everything behind it
@@ -209,7 +210,13 @@ func (n *Network) openGateway() error {
 	if n.gw, err = stack.New(c); err != nil {
 		return err
 	}
+	if n.cfg.JournalDir != "" {
+		if n.flows, err = nat.OpenJournal(n.cfg.JournalDir, 0); err != nil {
+			return err
+		}
+	}
 	n.nat, err = nat.New(nat.Config{
+		Journal: n.flows,
 		Network: n.gw, Subnets: n.subnets, Internal: n.cfg.Internal, HostLoopback: n.cfg.HostLoopback, AllowLinkLocal: n.cfg.AllowLinkLocal, Limits: n.cfg.Limits,
 		Drops: n.drops, Logger: n.log,
 	})
@@ -330,7 +337,21 @@ func (n *Network) Shutdown() error {
 	n.mu.Lock()
 	n.keepLeases = true
 	n.mu.Unlock()
+	if n.flows != nil {
+		n.flows.Freeze() // the containers live on and will have left when NAT ends its flows: the next process tells them
+	}
 	return n.Close()
+}
+
+// ExportUDP stops NAT's UDP flows for another process, as ResumeUDP and ImportUDP go with it; see package nat.
+func (n *Network) ExportUDP() ([]nat.UDPFlowState, []int, error) { return n.nat.ExportUDP() }
+
+// ResumeUDP is described at ExportUDP.
+func (n *Network) ResumeUDP() error { return n.nat.ResumeUDP() }
+
+// ImportUDP is described at ExportUDP.
+func (n *Network) ImportUDP(states []nat.UDPFlowState, fds []int) (int, error) {
+	return n.nat.ImportUDP(states, fds)
 }
 
 // GatewayMAC is the gateway's.
@@ -393,6 +414,9 @@ func (n *Network) closeServices() error {
 	}
 	if n.nat != nil {
 		errs = append(errs, n.nat.Close())
+	}
+	if n.flows != nil {
+		errs = append(errs, n.flows.Close())
 	}
 	if n.dns != nil {
 		errs = append(errs, n.dns.Close())

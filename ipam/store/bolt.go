@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 
 	"go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
@@ -17,7 +18,7 @@ import (
 
 // Bolt is an ipam.Store in a bbolt file.
 type Bolt struct {
-	db     *bbolt.DB
+	db     atomic.Pointer[bbolt.DB]
 	bucket []byte
 
 	mu     sync.Mutex
@@ -29,7 +30,8 @@ var _ ipam.Store = (*Bolt)(nil)
 
 // New keeps pools in the bucket of that name, which is made if it is not there.
 func New(db *bbolt.DB, bucket string) (*Bolt, error) {
-	b := &Bolt{db: db, bucket: []byte(bucket)}
+	b := &Bolt{bucket: []byte(bucket)}
+	b.db.Store(db)
 	err := db.Update(func(tx *bbolt.Tx) error {
 		_, err := tx.CreateBucketIfNotExists(b.bucket)
 		return err
@@ -40,12 +42,15 @@ func New(db *bbolt.DB, bucket string) (*Bolt, error) {
 	return b, nil
 }
 
+// Use goes on with db, the same file opened again.
+func (b *Bolt) Use(db *bbolt.DB) { b.db.Store(db) }
+
 // List implements ipam.Store. A record that cannot be read is an error that names its pool and address.
 func (b *Bolt) List(ctx context.Context, pool string) (rs []ipam.Record, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	err = b.db.View(func(tx *bbolt.Tx) error {
+	err = b.db.Load().View(func(tx *bbolt.Tx) error {
 		p := tx.Bucket(b.bucket).Bucket([]byte(pool))
 		if p == nil {
 			return nil
@@ -183,7 +188,7 @@ func (b *Bolt) write() {
 		c.taken = true
 	}
 	errs := make([]error, len(batch))
-	err := b.db.Update(func(tx *bbolt.Tx) error {
+	err := b.db.Load().Update(func(tx *bbolt.Tx) error {
 		outer := tx.Bucket(b.bucket)
 		for i, c := range batch {
 			if errs[i] = c.ctx.Err(); errs[i] == nil {
