@@ -24,14 +24,16 @@ var version = "unknown"
 const exitOwnFailure = 125
 
 // commandLines are the commands behind which another command line stands, which is not ours to reorder.
-var commandLines = []string{"run", "pod", "load", "bench", "demo"}
+var commandLines = []string{"run", "load", "bench", "demo"}
 
 func main() {
 	// The re-exec'd process inside a container's namespaces never comes back from here.
 	edge.Main()
 	app := newApp()
+	bg := openBackground()
+	app.Metadata = map[string]any{backgroundKey: bg}
 	if err := app.Run(flagsFirst(app, os.Args, commandLines...)); err != nil {
-		os.Exit(report(err))
+		os.Exit(report(err, bg))
 	}
 }
 
@@ -52,7 +54,7 @@ func newApp() *cli.App {
 			os.Exit(exitOwnFailure)
 		},
 		Commands: []*cli.Command{
-			runCommand(), daemonCommand(), networkCommand(), attachCommand(), detachCommand(), psCommand(), inspectCommand(), publishCommand(),
+			runCommand(), podCommand(), daemonCommand(), networkCommand(), attachCommand(), detachCommand(), psCommand(), inspectCommand(), publishCommand(),
 			fdbCommand(), dropsCommand(), captureCommand(), topCommand(),
 			demoCommand(), loadCommand(), benchCommand(), doctorCommand(), doctorInside(), versionCommand(), completionCommand(),
 		},
@@ -86,12 +88,13 @@ func noArgs(c *cli.Context) error {
 }
 
 // report prints err as one line and returns the status to end with.
-func report(err error) int {
+func report(err error, bg *detachedEnd) int {
 	var status exitStatus
 	if errors.As(err, &status) {
 		return int(status)
 	}
 	msg := strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
+	bg.failed("patchbay: " + msg)
 	fmt.Fprintln(os.Stderr, "patchbay: "+msg)
 	var edgeErr *edge.Error
 	if errors.As(err, &edgeErr) {

@@ -32,7 +32,8 @@ Examples:
    patchbay run --host-loopback -- psql -h host.patchbay.internal
    patchbay run --net none --pid -- sh
    patchbay run --network lab --name db -- ./database
-   patchbay run --net container:db -- ss -tln`,
+   patchbay run --net container:db -- ss -tln
+   patchbay run -d --name web --log web.log -- ./server`,
 		Description: `COMMAND runs as root of a new user namespace, with an interface eth0 on a private network whose gateway
 translates to the host's network. Where a daemon runs (see patchbay daemon) that is its network, and containers on it find each other by name; --socket none, or an
 option that describes the network, gives it one of its own. Its exit status is that of COMMAND, or 128 and the number of the signal that ended it; 125 is a
@@ -48,6 +49,9 @@ failure of patchbay itself, 126 a COMMAND that cannot be executed, 127 one that 
 			&cli.StringFlag{Name: "rate", Usage: "the daemon's network takes at most `RATE` from it: bytes a second such as 10M, or 100Mbit"},
 			socketFlag(),
 			&cli.BoolFlag{Name: "pid", Usage: "give it a PID namespace too"},
+			&cli.BoolFlag{Name: "detach", Aliases: []string{"d"}, Usage: "run it in the background: print its name when it runs, and return"},
+			&cli.StringFlag{Name: "log", Usage: "with --detach, append what it writes to `FILE` (default: nowhere)"},
+			&cli.BoolFlag{Name: "pause", Hidden: true, Usage: "no command: namespaces that others join"},
 			&cli.BoolFlag{Name: "keep-id", Usage: "keep your user and group ids inside, instead of root"},
 			&cli.BoolFlag{Name: "host-loopback", Usage: "let host.patchbay.internal reach the host's 127.0.0.1 and ::1"},
 			&cli.BoolFlag{Name: "link-local", Usage: "let it reach link-local addresses such as 169.254.169.254 (cloud metadata)"},
@@ -67,7 +71,13 @@ failure of patchbay itself, 126 a COMMAND that cannot be executed, 127 one that 
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log state changes to standard error"},
 		},
 		Action: func(c *cli.Context) error {
-			if c.NArg() == 0 {
+			if c.Bool("detach") {
+				if err := detach(c.Context, os.Args[1:], c.String("log"), c.App.Writer); err != nil {
+					return fmt.Errorf("run: %w", err)
+				}
+				return nil
+			}
+			if c.NArg() == 0 && !c.Bool("pause") {
 				return errors.New("run: no command given; for example: patchbay run -- curl http://example.test/")
 			}
 			err := run(c)
@@ -115,6 +125,7 @@ func run(c *cli.Context) error {
 		if err := p.Release(); err != nil {
 			return err
 		}
+		backgroundOf(c).up(fmt.Sprintf("pid %d", p.PID()))
 		return wait(p)
 	}
 	client, networks, err := nodeFor(ctx, c)
@@ -146,6 +157,7 @@ func run(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	backgroundOf(c).up(container.Name())
 	err = wait(container)
 	if werr := writeStats(stats, network); werr != nil {
 		fmt.Fprintln(os.Stderr, "patchbay: run: --stats:", werr)
@@ -202,7 +214,7 @@ func processSpec(c *cli.Context) (edge.Spec, error) {
 	if err != nil {
 		return edge.Spec{}, fmt.Errorf("working directory: %w", err)
 	}
-	return edge.Spec{Net: mode, PID: c.Bool("pid"), KeepID: c.Bool("keep-id"), Hostname: hostname, Argv: c.Args().Slice(), Env: os.Environ(), Dir: dir}, nil
+	return edge.Spec{Net: mode, PID: c.Bool("pid"), KeepID: c.Bool("keep-id"), Pause: c.Bool("pause"), Hostname: hostname, Argv: c.Args().Slice(), Env: os.Environ(), Dir: dir}, nil
 }
 
 func networkConfig(c *cli.Context) (node.NetworkConfig, error) {

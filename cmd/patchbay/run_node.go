@@ -72,7 +72,7 @@ func runOnNode(ctx context.Context, c *cli.Context, client *api.Client, networks
 	}
 	at := api.AttachmentSpec{
 		Name: ctr.Name, Aliases: c.StringSlice("alias"), Hostname: c.String("hostname"), Addrs: ctr.Addrs, MAC: ctr.MAC, Publish: c.StringSlice("publish"),
-		Device: c.String("device"), Queues: c.Int("queues"),
+		Device: c.String("device"), Queues: c.Int("queues"), Pod: c.Bool("pause"),
 	}
 	if s := c.String("rate"); s != "" {
 		if at.Rate, err = parseRate(s); err != nil {
@@ -86,6 +86,7 @@ func runOnNode(ctx context.Context, c *cli.Context, client *api.Client, networks
 		return err
 	}
 	defer container.Close()
+	backgroundOf(c).up(container.Name())
 	return wait(container)
 }
 

@@ -103,6 +103,8 @@ type AttachmentSpec struct {
 	MACLimit int `json:"macLimit,omitempty"`
 	// Trust leaves source MACs and addresses unchecked: for a port behind which there is another switch or a router.
 	Trust bool `json:"trust,omitempty"`
+	// Pod says that nothing but the namespaces is there, for commands to join: `patchbay pod create`.
+	Pod bool `json:"pod,omitempty"`
 	// Device is how the interface reaches the switch. Default "auto".
 	Device string `json:"device,omitempty"`
 	// Queues of the TAP, 1 to 64. Default 1.
@@ -179,6 +181,7 @@ type Attachment struct {
 	Publish  []Publish    `json:"publish"`
 	Rate     int64        `json:"rate,omitempty"`
 	Trust    bool         `json:"trust,omitempty"`
+	Pod      bool         `json:"pod,omitempty"`
 	Traffic  Port         `json:"traffic"`
 	Since    time.Time    `json:"since"`           // when it was made
 	Up       time.Time    `json:"up,omitzero"`     // since when frames flow; after a restart of the node it begins anew

@@ -108,7 +108,7 @@ func (n *Node) describe(a *attachment) api.Attachment {
 	r := &a.rec
 	out := api.Attachment{
 		Network: a.network.rec.Name, Name: r.Name, Aliases: r.Aliases, Lifetime: r.Lifetime, State: api.StateWaiting, Addrs: a.Addrs(), MAC: a.MAC(), IfName: r.IfName,
-		Device: r.Info.Kind.String(), PID: r.PID, NetNS: r.NetNS, Stream: r.Stream, Publish: []api.Publish{}, Rate: r.Rate, Trust: r.Trust, Since: r.Created, Up: a.since, Notes: r.Notes,
+		Device: r.Info.Kind.String(), PID: r.PID, NetNS: r.NetNS, Stream: r.Stream, Publish: []api.Publish{}, Rate: r.Rate, Trust: r.Trust, Pod: r.Pod, Since: r.Created, Up: a.since, Notes: r.Notes,
 	}
 	if r.Lifetime == api.LifetimeStream {
 		out.Device = "stream"

@@ -116,7 +116,7 @@ func (n *Network) reserveName(cfg AttachConfig) (*Attachment, error) {
 		}
 	}
 	if n.attachments[name] != nil {
-		return nil, fmt.Errorf("name %q is taken on network %q; choose another with --name: %w", name, n.cfg.Name, ErrTaken)
+		return nil, fmt.Errorf("name %q is taken on network %q: %w; choose another with --name", name, n.cfg.Name, ErrTaken)
 	}
 	a := &Attachment{network: n, cfg: cfg, name: name, mac: cfg.MAC, created: cmp.Or(cfg.Created, time.Now())}
 	n.attachments[name] = a
