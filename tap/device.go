@@ -239,8 +239,8 @@ func (d *Device) Dup() (fds []int, err error) {
 	return fds, nil
 }
 
-// ClearPersist lets the interface go with its last descriptor, whatever OpenConfig.Persist said. It needs no privilege over the namespace.
-func (d *Device) ClearPersist() error {
+// SetPersist says whether the interface outlives its last descriptor, whatever OpenConfig.Persist said. It needs no privilege over the namespace.
+func (d *Device) SetPersist(on bool) error {
 	if d.info.Kind == KindPacket {
 		return nil // it never outlives its descriptors
 	}
@@ -249,7 +249,11 @@ func (d *Device) ClearPersist() error {
 	if d.closed {
 		return fmt.Errorf("tap %q: %w", d.info.Name, ErrClosed)
 	}
-	if err := unix.IoctlSetInt(d.queues[0].fd, unix.TUNSETPERSIST, 0); err != nil {
+	v := 0
+	if on {
+		v = 1
+	}
+	if err := unix.IoctlSetInt(d.queues[0].fd, unix.TUNSETPERSIST, v); err != nil {
 		return fmt.Errorf("tap %q: TUNSETPERSIST: %w", d.info.Name, err)
 	}
 	return nil

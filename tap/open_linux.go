@@ -70,6 +70,9 @@ type OpenConfig struct {
 	Without frame.Caps
 	// Persist lets the interface outlive its last descriptor, with its addresses and routes.
 	Persist bool
+	// New refuses an interface that is there already with EBUSY or EEXIST, also one that somebody makes at this moment: of a multi-queue one this would otherwise
+	// become a further queue. A plain TAP of several queues is not protected.
+	New bool
 }
 
 // Info describes an opened device to whoever gets its descriptors. It travels beside them as JSON.
@@ -204,7 +207,11 @@ func openVnet(c OpenConfig, h *Handle, multi bool) (err error) {
 			return &fs.PathError{Op: "open", Path: DevicePath, Err: err}
 		}
 		h.FDs = append(h.FDs, fd)
-		if name, err = setIff(fd, name, flags); err != nil {
+		first := flags
+		if c.New && len(h.FDs) == 1 {
+			first |= unix.IFF_TUN_EXCL
+		}
+		if name, err = setIff(fd, name, first); err != nil {
 			return fmt.Errorf("TUNSETIFF: %w", err)
 		}
 		if err := setVnetHdr(fd); err != nil {

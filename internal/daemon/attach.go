@@ -248,7 +248,12 @@ func (a *attachment) plug(h *tap.Handle) error {
 		h.Close()
 		return refuse(api.CodeInvalid, err)
 	}
-	if err := a.up(); err != nil {
+	err := a.up()
+	if err == nil && a.lifetime == api.LifetimeNamespace {
+		// Not before: an interface that outlives everybody who knows of it could be taken away by nobody. A record of one that is gone does no harm.
+		err = a.Persist()
+	}
+	if err != nil {
 		return errors.Join(err, a.Unplug())
 	}
 	return nil

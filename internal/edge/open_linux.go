@@ -79,7 +79,7 @@ func reapChild(pid int) {
 	}
 }
 
-// openInterfaces is what taskOpen does. The interfaces become persistent last, so that they vanish by themselves when anything fails.
+// openInterfaces is what taskOpen does. None becomes persistent here, so that they vanish by themselves when anything fails, here or with the one who asked.
 func (e *edgeProc) openInterfaces() error {
 	for i := range e.spec.Interfaces {
 		f := &e.spec.Interfaces[i]
@@ -94,13 +94,8 @@ func (e *edgeProc) openInterfaces() error {
 		e.handles = append(e.handles, h)
 	}
 	for i, h := range e.handles {
-		if e.spec.Interfaces[i].Persist {
-			if err := h.SetPersist(true); err != nil {
-				return err
-			}
-			if h.Kind == tap.KindPacket {
-				h.Notes = append(h.Notes, fmt.Sprintf("interface %q is a packet socket: it will not survive a restart of the node", h.Name))
-			}
+		if e.spec.Interfaces[i].Persist && h.Kind == tap.KindPacket {
+			h.Notes = append(h.Notes, fmt.Sprintf("interface %q is a packet socket: it will not survive a restart of the node", h.Name))
 		}
 	}
 	for _, h := range e.handles {
@@ -116,18 +111,22 @@ func (e *edgeProc) openInterfaces() error {
 
 // openNew makes an interface that was not there.
 func (e *edgeProc) openNew(f *Interface) (*tap.Handle, error) {
-	if f.Name == "" {
-		for i := 0; ; i++ {
-			if f.Name = fmt.Sprintf("eth%d", i); i == maxEthN || !exists(f.Name) {
-				break
-			}
-		}
+	h, err := openFree(f)
+	if err != nil {
+		return nil, err
 	}
-	if exists(f.Name) {
-		return nil, fmt.Errorf("interface %q: it is there already; choose another with --ifname: %w", f.Name, unix.EEXIST)
+	out, err := configureBeside(h, f)
+	if err != nil {
+		_ = h.Close()
+		return nil, err
 	}
+	h.Notes = append(h.Notes, out...)
+	return h, nil
+}
+
+// configureBeside configures an interface in a namespace that may have others: one default route is enough. It returns notes.
+func configureBeside(h *tap.Handle, f *Interface) (notes []string, err error) {
 	c := f.ifConfig()
-	var notes []string
 	kept := c.Routes[:0]
 	for _, r := range c.Routes {
 		if r.Dst.Bits() == 0 {
@@ -143,17 +142,31 @@ func (e *edgeProc) openNew(f *Interface) (*tap.Handle, error) {
 		kept = append(kept, r)
 	}
 	c.Routes = kept
-	h, err := tap.Open(tap.OpenConfig{Name: f.Name, Kind: f.Kind, Queues: f.Queues, Plain: f.ForcePlain})
-	if err != nil {
-		return nil, err
-	}
 	out, err := h.Configure(c)
-	if err != nil {
-		_ = h.Close()
-		return nil, err
+	return append(out.Notes, notes...), err
+}
+
+// openFree opens the interface under its name, or the first free one if it has none.
+func openFree(f *Interface) (*tap.Handle, error) {
+	named := f.Name != ""
+	for i := 0; ; i++ {
+		if !named {
+			f.Name = fmt.Sprintf("eth%d", i)
+		}
+		again := !named && i < maxEthN
+		if exists(f.Name) {
+			if again {
+				continue
+			}
+			return nil, fmt.Errorf("interface %q: it is there already; choose another with --ifname: %w", f.Name, unix.EEXIST)
+		}
+		h, err := tap.Open(tap.OpenConfig{Name: f.Name, Kind: f.Kind, Queues: f.Queues, Plain: f.ForcePlain, New: true})
+		// Somebody else may have been faster.
+		if again && (errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST)) {
+			continue
+		}
+		return h, err
 	}
-	h.Notes = append(append(h.Notes, out.Notes...), notes...)
-	return h, nil
 }
 
 // exists reports whether the namespace has an interface of that name.

@@ -81,7 +81,7 @@ type Interface struct {
 	Routes []tap.Route `json:"routes,omitempty"`
 	// AcceptRA lets router advertisements configure the interface.
 	AcceptRA bool `json:"acceptRA,omitempty"`
-	// Persist lets the interface outlive its last descriptor. OpenIn alone heeds it.
+	// Persist says that the interface is to outlive its last descriptor. Whoever gets it from OpenIn sees to that, once he will not forget it; OpenIn notes where it cannot be.
 	Persist bool `json:"persist,omitempty"`
 	// Reopen takes over the persistent interface of that name and MAC which an earlier node left, as it is. OpenIn alone heeds it.
 	Reopen bool `json:"reopen,omitempty"`

@@ -41,6 +41,7 @@ type Attachment struct {
 	closed    bool
 	published []*nat.Published
 	link      *link // nil while it is not plugged
+	mortal    bool  // its device persists no more
 
 	// entry is what the zone and the neighbour table know: under network.mu.
 	plugged bool
@@ -458,15 +459,30 @@ func (a *Attachment) PublishFrom(s nat.Spec, fds []int) (*nat.Published, error) 
 	return p, nil
 }
 
-// ClearPersist lets the interface inside go when the device is closed. Devices that are not persistent go anyway.
+// Persist lets the interface inside outlive the device, for the next node, unless ClearPersist has been called. Not being plugged is no error.
+func (a *Attachment) Persist() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.mortal {
+		return nil
+	}
+	return a.setPersist(true)
+}
+
+// ClearPersist lets the interface inside go when the device is closed, for good. Devices that are not persistent go anyway.
 func (a *Attachment) ClearPersist() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.mortal = true
+	return a.setPersist(false)
+}
+
+func (a *Attachment) setPersist(on bool) error {
 	if a.link == nil {
 		return nil
 	}
 	if d, ok := a.link.device.(*tap.Device); ok {
-		return d.ClearPersist()
+		return d.SetPersist(on)
 	}
 	return nil
 }
