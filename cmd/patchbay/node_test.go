@@ -313,7 +313,9 @@ func TestClientDiesWhileTheDaemonIsDown(t *testing.T) {
 	d := startDaemon(t)
 	gone := d.background("gone", "-p", "8081:80", "--", "sleep", "1000")
 	addr := d.inspect("default", "gone").Addrs[0]
-	stays := d.background("stays", "--", "sleep", "1000")
+	stays := d.background("stays", "--", "sh", "-c", "echo runs; exec sleep 1000")
+	// Whoever has not been answered yet takes the daemon's end for a failure, and ends.
+	testbed.Eventually(t, 10*time.Second, func() bool { return stays.out.String() != "" })
 	d.end(syscall.SIGKILL)
 	if err := gone.cmd.Process.Kill(); err != nil {
 		t.Fatal(err)

@@ -31,8 +31,11 @@ type attachment struct {
 	asked    api.AttachmentSpec // as it was first asked for, and so what may change
 	serving  sync.WaitGroup     // of listener
 
+	disk sync.Mutex // one writer of the record at a time; taken before Node.mu
+
 	// Guarded by Node.mu.
 	rec       attachmentRecord
+	written   bool // to disk, or about to be
 	publishes []*publish
 	since     time.Time     // since when it is plugged; zero while it is not
 	queues    int           // of its device
@@ -262,29 +265,49 @@ func (a *attachment) plug(h *tap.Handle) error {
 // up writes down that a is plugged, and watches over it.
 func (a *attachment) up() error {
 	n := a.node
-	n.mu.Lock()
-	rec := a.rec
-	rec.MAC, rec.Addrs = a.MAC(), a.Addrs()
+	mac, addrs := a.MAC(), a.Addrs()
 	if a.lifetime == api.LifetimeStream && !a.fixedMAC() {
 		// The next machine may be another one, with another MAC and an IPv6 address made of that.
-		rec.MAC = wire.MAC{}
-		rec.Addrs = slices.DeleteFunc(rec.Addrs, func(addr netip.Addr) bool { return addr.Is6() && !slices.Contains(a.asked.Addrs, addr) })
+		mac = wire.MAC{}
+		addrs = slices.DeleteFunc(addrs, func(addr netip.Addr) bool { return addr.Is6() && !slices.Contains(a.asked.Addrs, addr) })
 	}
+	n.mu.Lock()
+	a.rec.MAC, a.rec.Addrs = mac, addrs
 	n.mu.Unlock()
-	if err := n.state.put(attachmentBucket, attachmentKey(a.network.rec.Name, rec.Name), rec); err != nil {
+	if err := a.write(); err != nil {
 		return err
 	}
 	lost := a.Lost()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if a.going || n.closed {
-		return api.Errorf(api.CodeConflict, "attach it again", "attachment %q was detached meanwhile", rec.Name)
+		return a.detachedMeanwhile()
 	}
-	a.rec, a.since = rec, time.Now()
+	a.since = time.Now()
 	if a.lifetime != api.LifetimeStream { // whose socket outlives a machine
 		n.background.Go(func() { a.watch(lost) })
 	}
 	return nil
+}
+
+// write puts the record on disk as it is, unless a is being taken away: what comes back from the disk must not be what was said to be gone.
+func (a *attachment) write() error {
+	n := a.node
+	a.disk.Lock()
+	defer a.disk.Unlock()
+	n.mu.Lock()
+	rec, going := a.rec, a.going
+	rec.Ports = slices.Clone(rec.Ports)
+	a.written = a.written || !going
+	n.mu.Unlock()
+	if going {
+		return a.detachedMeanwhile()
+	}
+	return n.state.put(attachmentBucket, attachmentKey(a.network.rec.Name, rec.Name), rec)
+}
+
+func (a *attachment) detachedMeanwhile() error {
+	return api.Errorf(api.CodeConflict, "attach it again", "attachment %q was detached meanwhile", a.Name())
 }
 
 // watch ends an attachment whose device has ended by itself.
@@ -334,7 +357,9 @@ func (a *attachment) remove() error {
 	publishes := slices.Clone(a.publishes)
 	a.since = time.Time{}
 	n.mu.Unlock()
+	a.disk.Lock()
 	err := n.state.remove(attachmentBucket, attachmentKey(nw.rec.Name, a.Name()))
+	a.disk.Unlock()
 	if err == nil && a.lifetime == api.LifetimeNamespace {
 		err = a.ClearPersist() // so that the interface goes with its last descriptor
 	}

@@ -123,14 +123,13 @@ func (n *Node) republish(p *publish) {
 
 // save writes a down as it is, if it is on disk at all.
 func (a *attachment) save() error {
-	n := a.node
-	n.mu.Lock()
-	rec, plugged := a.rec, !a.since.IsZero()
-	n.mu.Unlock()
-	if !plugged {
+	a.node.mu.Lock()
+	written := a.written
+	a.node.mu.Unlock()
+	if !written {
 		return nil // Plug will
 	}
-	return n.state.put(attachmentBucket, attachmentKey(a.network.rec.Name, rec.Name), rec)
+	return a.write()
 }
 
 // Publishes implements api.Backend.

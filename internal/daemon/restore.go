@@ -75,6 +75,9 @@ func (n *Node) restoreAttachment(ctx context.Context, nw *network, rec attachmen
 			n.log.Warn("published ports are not open", "name", rec.Name, "ports", p.Spec, "error", live.err)
 		}
 	}
+	n.mu.Lock()
+	a.written = true
+	n.mu.Unlock()
 	switch rec.Lifetime {
 	case api.LifetimeSession:
 		n.background.Go(func() { n.awaitHolder(a) })

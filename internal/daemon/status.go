@@ -116,7 +116,8 @@ func (n *Node) describe(a *attachment) api.Attachment {
 	if r.Holder != nil {
 		out.Holder = r.Holder.PID
 	}
-	if live.Plugged {
+	// Up is what would be so again after a crash; it is plugged a moment before.
+	if live.Plugged && !a.since.IsZero() {
 		out.State, out.Port, out.Caps, out.Traffic = api.StateUp, live.Port, live.Caps, describePort(live.Traffic)
 	}
 	if a.going {

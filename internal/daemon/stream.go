@@ -43,7 +43,7 @@ func (n *Node) AttachStream(ctx context.Context, network string, spec api.Attach
 		return undo(err)
 	}
 	n.listenStream(a, l)
-	if err := n.state.put(attachmentBucket, attachmentKey(nw.rec.Name, a.Name()), a.rec); err != nil {
+	if err := a.write(); err != nil {
 		return undo(err)
 	}
 	return n.describe(a), nil
