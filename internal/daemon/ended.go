@@ -40,6 +40,9 @@ type use struct {
 func (n *Node) inNamespaces() (out []use) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.busy() != nil {
+		return nil // the next node will look
+	}
 	for _, nw := range n.networks {
 		for _, a := range nw.attachments {
 			if a.lifetime == api.LifetimeNamespace && !a.going && !a.since.IsZero() && a.rec.Identity != nil {
