@@ -34,6 +34,24 @@ func ListenStream(path string) (*net.UnixListener, error) {
 	})
 }
 
+// CloseStream closes the listener of a virtual machine and removes its socket, also where another node has made that. What somebody else has put there meanwhile stays.
+func CloseStream(l *net.UnixListener) error {
+	path := l.Addr().String()
+	l.SetUnlinkOnClose(false) // which would not look
+	l.Close()
+	unlock, err := lockDir(filepath.Dir(path), "--stream")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	defer unlock()
+	if fi, err := os.Lstat(path); err != nil || fi.Mode()&fs.ModeSocket == 0 {
+		return nil
+	}
+	return clearPath(path, "--stream", func(string, string) error { return nil })
+}
+
 // listen does the work. flag is what the person can change, live the error for a socket that somebody listens on.
 func listen(path, flag string, live func(who, path string) error) (*net.UnixListener, error) {
 	path, err := filepath.Abs(path) // a leading @ would be another name space

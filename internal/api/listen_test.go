@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -329,5 +330,69 @@ func TestPaths(t *testing.T) {
 	}
 	if ownedBy(dir, os.Geteuid()+1) || ownedBy(dir+"/none", os.Geteuid()) {
 		t.Error("what is not ours passes")
+	}
+}
+
+// TestCloseStream holds that the socket of a machine goes with its listener, whichever node has made it, and that another's stays.
+func TestCloseStream(t *testing.T) {
+	gone := func(path string) bool {
+		_, err := os.Lstat(path)
+		return errors.Is(err, fs.ErrNotExist)
+	}
+	dir := t.TempDir()
+	path := filepath.Join(dir, "vm.sock")
+	open := func() *net.UnixListener {
+		t.Helper()
+		l, err := ListenStream(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		return l
+	}
+	handOver := func() *net.UnixListener {
+		t.Helper()
+		old := open()
+		f, err := old.File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		l, err := net.FileListener(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		old.SetUnlinkOnClose(false)
+		old.Close()
+		return l.(*net.UnixListener)
+	}
+	for name, l := range map[string]func() *net.UnixListener{"its own": open, "handed over": handOver} {
+		if err := CloseStream(l()); err != nil || !gone(path) {
+			t.Errorf("%s: %v, gone %t", name, err, gone(path))
+		}
+	}
+	l := open()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	open()
+	if err := CloseStream(l); err != nil || gone(path) {
+		t.Errorf("somebody else's socket: %v, gone %t", err, gone(path))
+	}
+	path = filepath.Join(dir, "file")
+	l = open()
+	if err := errors.Join(os.Remove(path), os.WriteFile(path, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := CloseStream(l); err != nil || gone(path) {
+		t.Errorf("what is no socket: %v", err)
+	}
+	path = filepath.Join(dir, "sub", "vm.sock")
+	l = open()
+	if err := os.RemoveAll(filepath.Dir(path)); err != nil {
+		t.Fatal(err)
+	}
+	if err := CloseStream(l); err != nil {
+		t.Errorf("its directory is gone: %v", err)
 	}
 }

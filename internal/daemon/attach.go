@@ -265,15 +265,7 @@ func (a *attachment) plug(h *tap.Handle) error {
 // up writes down that a is plugged, and watches over it.
 func (a *attachment) up() error {
 	n := a.node
-	mac, addrs := a.MAC(), a.Addrs()
-	if a.lifetime == api.LifetimeStream && !a.fixedMAC() {
-		// The next machine may be another one, with another MAC and an IPv6 address made of that.
-		mac = wire.MAC{}
-		addrs = slices.DeleteFunc(addrs, func(addr netip.Addr) bool { return addr.Is6() && !slices.Contains(a.asked.Addrs, addr) })
-	}
-	n.mu.Lock()
-	a.rec.MAC, a.rec.Addrs = mac, addrs
-	n.mu.Unlock()
+	a.settle()
 	if err := a.write(); err != nil {
 		return err
 	}
@@ -288,6 +280,20 @@ func (a *attachment) up() error {
 		n.background.Go(func() { a.watch(lost) })
 	}
 	return nil
+}
+
+// settle puts what a has of its own for good into its record.
+func (a *attachment) settle() {
+	n := a.node
+	mac, addrs := a.MAC(), a.Addrs()
+	if a.lifetime == api.LifetimeStream && !a.fixedMAC() {
+		// The next machine may be another one, with another MAC and an IPv6 address made of that.
+		mac = wire.MAC{}
+		addrs = slices.DeleteFunc(addrs, func(addr netip.Addr) bool { return addr.Is6() && !slices.Contains(a.asked.Addrs, addr) })
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	a.rec.MAC, a.rec.Addrs = mac, addrs
 }
 
 // write puts the record on disk as it is, unless a is being taken away: what comes back from the disk must not be what was said to be gone.
@@ -364,13 +370,7 @@ func (a *attachment) remove() error {
 		err = a.ClearPersist() // so that the interface goes with its last descriptor
 	}
 	err = errors.Join(err, a.Close())
-	n.mu.Lock()
-	l := a.listener
-	n.mu.Unlock()
-	if l != nil {
-		l.Close()
-		a.serving.Wait()
-	}
+	a.serving.Wait()
 	a.reading(0)
 	n.mu.Lock()
 	delete(nw.attachments, a.Name())

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"slices"
 	"time"
@@ -43,54 +44,106 @@ func (n *Node) AttachStream(ctx context.Context, network string, spec api.Attach
 		return undo(err)
 	}
 	n.listenStream(a, l)
+	a.settle()
 	if err := a.write(); err != nil {
 		return undo(err)
 	}
 	return n.describe(a), nil
 }
 
-// listenStream serves one virtual machine after the other that connects to l, until the attachment or the node ends. A second one waits for the first to go.
+// giveWay is how long a machine that has sent something may take to end when another one connects: the next one may be faster than the end of the last.
+const giveWay = time.Second
+
+// listenStream serves the virtual machine that connects to l, and when that has gone the next one, until the attachment or the node ends. A second one is refused,
+// unless the first has not sent a frame yet: whoever connects and says nothing does not keep a machine out.
 func (n *Node) listenStream(a *attachment, l *net.UnixListener) {
 	n.mu.Lock()
 	a.listener = l
 	n.mu.Unlock()
 	ctx, cancel := context.WithCancel(n.ctx)
-	n.background.Go(func() {
+	a.serving.Go(func() {
 		select {
 		case <-a.detached:
+			cancel()
+			if err := api.CloseStream(l); err != nil {
+				n.log.Warn("virtual machine's socket", "name", a.Name(), "error", err)
+			}
 		case <-n.ctx.Done():
+			l.Close()
 		}
 		cancel()
-		l.Close()
 	})
 	a.serving.Go(func() {
+		log := n.log.With("network", a.network.rec.Name, "name", a.Name())
+		var now *machine
 		for {
 			conn, err := l.AcceptUnix()
 			if err != nil {
 				if ctx.Err() == nil {
-					n.log.Error("virtual machine's socket", "name", a.Name(), "error", err)
+					log.Error("virtual machine's socket", "error", err)
 				}
-				return
+				break
 			}
-			if err := n.serveMachine(ctx, a, conn); err != nil && ctx.Err() == nil {
-				n.log.Warn("virtual machine", "network", a.network.rec.Name, "name", a.Name(), "reason", err)
+			if err := api.Admit(conn); err != nil {
+				conn.Close()
+				log.Warn("virtual machine", "reason", err)
+				continue
 			}
+			if now != nil && !now.over(giveWay) {
+				conn.Close()
+				log.Warn("a second virtual machine is refused: there is one on this socket, which has to go first")
+				continue
+			}
+			now = n.startMachine(ctx, a, conn, log)
+		}
+		if now != nil {
+			<-now.done
 		}
 	})
 }
 
-// serveMachine is the life of one connection: the port is plugged when the machine has shown its MAC.
-func (n *Node) serveMachine(ctx context.Context, a *attachment, conn *net.UnixConn) error {
-	if err := api.Admit(conn); err != nil {
-		conn.Close()
-		return err
+// machine is one connection.
+type machine struct {
+	leave context.CancelFunc // ends it while it has sent nothing
+	done  chan struct{}      // closed when nothing of it is left
+}
+
+// startMachine serves conn on a goroutine of its own.
+func (n *Node) startMachine(ctx context.Context, a *attachment, conn *net.UnixConn, log *slog.Logger) *machine {
+	silent, leave := context.WithCancel(ctx)
+	m := &machine{leave: leave, done: make(chan struct{})}
+	a.serving.Go(func() {
+		defer close(m.done)
+		defer leave()
+		if err := n.serveMachine(ctx, silent, a, conn); err != nil && ctx.Err() == nil {
+			log.Warn("virtual machine", "reason", err)
+		}
+	})
+	return m
+}
+
+// over reports whether the machine has gone, or goes within wait, or has had to because it has sent nothing.
+func (m *machine) over(wait time.Duration) bool {
+	m.leave()
+	select {
+	case <-m.done:
+		return true
+	case <-time.After(wait):
+		return false
 	}
+}
+
+// serveMachine is the life of one connection: the port is plugged when the machine has shown its MAC, for which it has until silent ends.
+func (n *Node) serveMachine(ctx, silent context.Context, a *attachment, conn *net.UnixConn) error {
 	port, err := stream.New(stream.Config{Conn: conn, MTU: a.network.rec.MTU})
 	if err != nil {
 		conn.Close()
 		return err
 	}
-	mac, err := port.First(ctx)
+	mac, err := port.First(silent)
+	if err != nil && silent.Err() != nil {
+		err = errors.New("it has sent nothing, and another one has connected")
+	}
 	if err == nil && (mac.IsGroup() || mac.IsZero()) {
 		err = fmt.Errorf("its first frame comes from %s, which is nobody's address", mac)
 	}
