@@ -23,8 +23,9 @@ demo: build ## two containers on one network: names, NAT, a published port, meas
 	@$(BIN) demo
 
 .PHONY: deps
-deps: ## install the Debian packages that the tests use (root, or sudo without a password)
+deps: ## install the Debian packages that the tests use (root, or sudo without a password), and make a virtual machine of one
 	@script/deps test
+	@script/qemu-guest
 
 .PHONY: test
 test: deps build ## install what the tests use and run all of them
