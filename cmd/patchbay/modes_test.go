@@ -101,8 +101,7 @@ func TestModes(t *testing.T) {
 		{"private, the default network", nil, "ynnyyyyyynnyyyy"},
 		{"private, by name", []string{"--network", "default"}, "ynnyyyyyynnyyyy"},
 		{"another network", []string{"--network", "lab"}, "ynnnnnnnnyyyyyy"},
-		// Its resolver is the first network's, which knows its own names alone.
-		{"two networks", []string{"--network", "default", "--network", "lab"}, "ynnyyyyyynyyyyy"},
+		{"two networks", []string{"--network", "default", "--network", "lab"}, "ynnyyyyyyyyyyyy"},
 		{"host", []string{"--net", "host"}, "yynnnnnnnnnyyyy"},
 		{"container", []string{"--net", "container:web"}, "ynyyyyyyynnyyyy"},
 	} {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -105,6 +106,33 @@ func TestNames(t *testing.T) {
 	d.newAttached("far", "hidden")
 	if got, err := lookup(r, "ip", "hidden."); err == nil {
 		t.Errorf("a name of another network is %v", got)
+	}
+	// Unless one is on that one too: whichever of its resolvers one asks, before a crash of the daemon and after it.
+	hidden := d.inspect("far", "hidden")
+	d.attach("far", "asker", asker)
+	far := asker.resolver(netip.MustParseAddr("10.67.0.1"))
+	for _, crash := range []bool{false, true} {
+		if crash {
+			d.end(syscall.SIGKILL)
+			d.start()
+			testbed.Eventually(t, 10*time.Second, func() bool { return len(d.attached(asker)) == 2 && d.up("hidden") && d.up("one") })
+		}
+		for name, want := range map[string]netip.Addr{"hidden.": hidden.Addrs[0], "hidden.far.patchbay.internal.": hidden.Addrs[0], "one.": again.Addrs[0], "one.lab.": again.Addrs[0]} {
+			for of, r := range map[string]*net.Resolver{"lab": r, "far": far} {
+				if got, err := lookup(r, "ip4", name); err != nil || !slices.Equal(got, []netip.Addr{want}) {
+					t.Errorf("asked of %s, %s is %v (%v), want %s", of, name, got, err, want)
+				}
+			}
+		}
+	}
+	ctx, cancel = context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if got, err := r.LookupAddr(ctx, hidden.Addrs[0].String()); err != nil || !slices.Equal(got, []string{"hidden.far.patchbay.internal."}) {
+		t.Errorf("%s is called %v (%v), want hidden", hidden.Addrs[0], got, err)
+	}
+	d.do("detach", "far/asker")
+	if got, err := lookup(r, "ip", "hidden."); err == nil {
+		t.Errorf("a name of a network that was left is %v", got)
 	}
 }
 

@@ -238,9 +238,11 @@ func (n *Node) claim(nw *network) (taken []netip.Prefix, err error) {
 
 // open makes the live network of a record.
 func (n *Node) open(ctx context.Context, rec *networkRecord, restored bool, taken []netip.Prefix) (*node.Network, error) {
+	name := rec.Name
 	live, err := node.NewNetwork(ctx, node.NetworkConfig{
 		Name: rec.Name, Subnets: rec.Subnets, Taken: taken, Restored: restored, Gateways: rec.Gateways, GatewayMAC: rec.GatewayMAC,
 		Internal: rec.Internal, Isolate: rec.Isolate, MTU: rec.MTU, HostLoopback: rec.HostLoopback, AllowLinkLocal: rec.LinkLocal, DNS: rec.DNS,
+		Others: func(client netip.Addr) []*node.Network { return n.othersOf(name, client) },
 		Leases: n.leases, JournalDir: n.journalDir(rec), Limits: n.cfg.Limits, Logger: n.log,
 	})
 	if err != nil {
@@ -252,6 +254,44 @@ func (n *Node) open(ctx context.Context, rec *networkRecord, restored bool, take
 // journalDir is where a network's TCP flows are noted.
 func (n *Node) journalDir(rec *networkRecord) string {
 	return filepath.Join(n.cfg.StateDir, "flows", rec.ID)
+}
+
+// othersOf is the further networks of the attachment that has the address on a network, by name.
+func (n *Node) othersOf(network string, client netip.Addr) (out []*node.Network) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	nw := n.networks[network]
+	if nw == nil {
+		return nil
+	}
+	var a *attachment
+	for _, b := range nw.attachments {
+		if slices.Contains(b.rec.Addrs, client) {
+			a = b
+		}
+	}
+	if a == nil {
+		return nil
+	}
+	for _, name := range slices.Sorted(maps.Keys(n.networks)) {
+		o := n.networks[name]
+		if o == nw || o.Network == nil {
+			continue
+		}
+		for _, b := range o.attachments {
+			if !b.going && a.sameNamespace(b) {
+				out = append(out, o.Network)
+				break
+			}
+		}
+	}
+	return out
+}
+
+// sameNamespace reports whether two attachments are interfaces of one container. Node.mu is held.
+func (a *attachment) sameNamespace(b *attachment) bool {
+	x, y := a.rec.Identity, b.rec.Identity
+	return a.rec.PID != 0 && a.rec.PID == b.rec.PID || x != nil && y != nil && x.NetDev == y.NetDev && x.NetIno == y.NetIno
 }
 
 // RemoveNetwork implements api.Backend.

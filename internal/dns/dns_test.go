@@ -256,6 +256,46 @@ func TestZone(t *testing.T) {
 	}
 }
 
+// TestOthers holds whose names a client on several networks finds, and that nobody else does.
+func TestOthers(t *testing.T) {
+	far, _ := newServer(t, Config{})
+	far.SetZone(&Zone{
+		Network: "far", Subnets: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/24")},
+		Hosts: []Host{{Name: "db", Addrs: addrs("10.9.0.7")}, {Name: "web", Addrs: addrs("10.9.0.8")}},
+	})
+	both := ap("10.88.0.5:4000")
+	s, n := newServer(t, Config{Others: func(client netip.Addr) []*Server {
+		if client == both.Addr() {
+			return []*Server{far}
+		}
+		return nil
+	}})
+	s.SetZone(&Zone{Network: "near", Hosts: []Host{{Name: "web", Addrs: addrs("10.88.0.2")}, {Name: "four", Addrs: addrs("10.88.0.4")}}})
+	for _, c := range []struct {
+		name       string
+		typ        uint16
+		both, near string // what a client of both networks is told, and one of near alone
+	}{
+		{"db", dns.TypeA, "NOERROR 10.9.0.7", "SERVFAIL"},
+		{"db.far", dns.TypeA, "NOERROR 10.9.0.7", "SERVFAIL"},
+		{"db.far.patchbay.internal", dns.TypeA, "NOERROR 10.9.0.7", "NXDOMAIN"},
+		{"db.far.patchbay.internal", dns.TypeAAAA, "NOERROR", "NXDOMAIN"},
+		{"web", dns.TypeA, "NOERROR 10.88.0.2", "NOERROR 10.88.0.2"}, // its own comes first
+		{"web.far.patchbay.internal", dns.TypeA, "NOERROR 10.9.0.8", "NXDOMAIN"},
+		{"four", dns.TypeAAAA, "NOERROR", "NOERROR"},
+		{"none.near.patchbay.internal", dns.TypeA, "NXDOMAIN", "NXDOMAIN"},
+		{"7.0.9.10.in-addr.arpa", dns.TypePTR, "NOERROR db.far.patchbay.internal.", "SERVFAIL"},
+		{"99.0.9.10.in-addr.arpa", dns.TypePTR, "NXDOMAIN", "SERVFAIL"},
+		{"elsewhere.test", dns.TypeA, "SERVFAIL", "SERVFAIL"},
+	} {
+		for from, want := range map[netip.AddrPort]string{both: c.both, client4: c.near} {
+			if got := summary(askFrom(t, s, n, from, netip.AddrPortFrom(gw4, 53), query(c.name, c.typ))); got != want {
+				t.Errorf("%s %s from %s: %s, want %s", c.name, dns.TypeToString[c.typ], from, got, want)
+			}
+		}
+	}
+}
+
 func must[T any](v T, err error) T {
 	if err != nil {
 		panic(err)
@@ -342,7 +382,7 @@ func TestQueryBomb(t *testing.T) {
 				binary.BigEndian.PutUint16(b[section:], uint16(n))
 			}
 			var v verdict
-			allocs := testing.AllocsPerRun(5, func() { v = s.judge(b) })
+			allocs := testing.AllocsPerRun(5, func() { v = s.judge(netip.Addr{}, b) })
 			m := new(dns.Msg)
 			if err := m.Unpack(v.answer); err != nil || m.Rcode != dns.RcodeFormatError || m.Id != 0x1234 {
 				t.Errorf("%d bytes: %v, %v", size, m, err)
@@ -413,7 +453,7 @@ func TestZoneChangesUnderQueries(t *testing.T) {
 	for range 2 {
 		wg.Go(func() {
 			for !stop.Load() {
-				v := s.judge(b)
+				v := s.judge(netip.Addr{}, b)
 				m := new(dns.Msg)
 				if v.answer == nil || m.Unpack(v.answer) != nil || len(m.Answer) != 2 {
 					t.Errorf("got %v", m)

@@ -14,6 +14,8 @@
 //	localhost, *.localhost            the container's own loopback (RFC 6761)
 //	reverse names of these            NAME.NETWORK.patchbay.internal
 //
+// A container that is on several networks asks the resolver of one: names that this one does not have are looked up in the zones of the others ([Config.Others]).
+//
 // A name that exists without the type asked for is NODATA, since NXDOMAIN for AAAA makes some libraries forget the A. What is in
 // patchbay.internal, or the reverse name of an address in the network's subnets, is never asked outside: unknown ones are NXDOMAIN. A
 // single label that is no container's is asked outside, as Docker does: home routers and company resolvers answer such names. So is

@@ -358,7 +358,7 @@ func TestLimits(t *testing.T) {
 		t.Errorf("two clients: %d dropped, %d waiting; want 4, 10", got, w)
 	}
 	// Names of containers are answered all the same.
-	if v := s.judge(must(query("web", dns.TypeA).Pack())); v.answer == nil {
+	if v := s.judge(netip.Addr{}, must(query("web", dns.TypeA).Pack())); v.answer == nil {
 		t.Error("a local name waits")
 	}
 	// TCP says so.

@@ -28,6 +28,10 @@ type Config struct {
 
 	// Local answers about the network's own names alone; any other question is refused. For networks that have no way out.
 	Local bool
+	// Others are the resolvers of the further networks that the client of an address is on. What this one's zone does not have is looked up in theirs before anybody
+	// outside is asked: a container asks one resolver and is to find its neighbors on all its networks. It is called for such queries alone, from any goroutine, and must not block.
+	// Default: none.
+	Others func(client netip.Addr) []*Server
 	// Upstreams are asked instead of the host's resolvers; port 0 means 53. Default: what ResolvConf lists.
 	Upstreams []netip.AddrPort
 	// ResolvConf is the host's file. Default /etc/resolv.conf.
@@ -156,8 +160,8 @@ type verdict struct {
 	drop   bool     // it is no query at all
 }
 
-// judge looks at a query and answers it if that takes nobody else.
-func (s *Server) judge(b []byte) verdict {
+// judge looks at a query of the client's and answers it if that takes nobody outside.
+func (s *Server) judge(client netip.Addr, b []byte) verdict {
 	s.asked.Add(1)
 	if len(b) < headerLen || b[2]&flagQR != 0 {
 		return verdict{drop: true} // never answer an answer: two servers could go on forever
@@ -189,7 +193,7 @@ func (s *Server) judge(b []byte) verdict {
 	case opt != nil && opt.Version() != 0:
 		m = reply(q, dns.RcodeBadVers)
 	default:
-		m = s.zone.Load().answer(q, s.c.TTL, s.turn.Add(1))
+		m = s.answer(client, q)
 		if m == nil && s.c.Local {
 			m = reply(q, dns.RcodeRefused)
 		}
@@ -203,4 +207,23 @@ func (s *Server) judge(b []byte) verdict {
 		return verdict{drop: true}
 	}
 	return verdict{answer: out, limit: q}
+}
+
+// answer is what the zone knows, or for want of that the zones of the client's further networks. It is nil when somebody outside is to be asked.
+func (s *Server) answer(client netip.Addr, q *dns.Msg) *dns.Msg {
+	turn := s.turn.Add(1)
+	m := s.zone.Load().answer(q, s.c.TTL, turn)
+	if s.c.Others == nil || m != nil && m.Rcode == dns.RcodeSuccess {
+		return m
+	}
+	for _, o := range s.c.Others(client) {
+		switch other := o.zone.Load().answer(q, s.c.TTL, turn); {
+		case other == nil:
+		case other.Rcode == dns.RcodeSuccess:
+			return other
+		case m == nil: // a reverse name of that network's
+			m = other
+		}
+	}
+	return m
 }

@@ -84,7 +84,7 @@ func (s *Server) serve(conn net.Conn, client netip.Addr) {
 		if err != nil {
 			return
 		}
-		v := s.judge(msg)
+		v := s.judge(client, msg)
 		switch {
 		case v.drop:
 			s.c.Drops.Add(frame.DropMalformed, 1)

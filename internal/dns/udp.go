@@ -41,7 +41,7 @@ func (s *Server) HandlePackets(ps []stack.Packet) {
 
 // query answers one datagram, now or on a goroutine of its own.
 func (s *Server) query(client, server netip.AddrPort, data []byte) {
-	v := s.judge(data)
+	v := s.judge(client.Addr(), data)
 	switch {
 	case v.drop:
 		s.c.Drops.Add(frame.DropMalformed, 1)

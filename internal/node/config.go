@@ -43,6 +43,8 @@ type NetworkConfig struct {
 	AllowLinkLocal bool
 	// DNS are resolvers to ask instead of the host's resolv.conf.
 	DNS []netip.AddrPort
+	// Others are the further networks that whoever has the address on this one is on: their names are known to it as well. It must not block. Default: none.
+	Others func(client netip.Addr) []*Network
 	// SharedLoop has one thread read the containers' TAPs and NAT's TCP sockets. On a machine with two cores and for a network with one container that is faster
 	// than a thread for each (ADR 5); with more of either it is one thread for what several could do. Default: a thread for each TAP queue.
 	SharedLoop bool

@@ -223,7 +223,11 @@ func (n *Network) openGateway() error {
 	if err != nil {
 		return err
 	}
-	if n.dns, err = dns.New(dns.Config{Network: n.gw, Local: n.cfg.Internal, Upstreams: n.cfg.DNS, Drops: n.drops, Logger: n.log}); err != nil {
+	resolver := dns.Config{Network: n.gw, Local: n.cfg.Internal, Upstreams: n.cfg.DNS, Drops: n.drops, Logger: n.log}
+	if n.cfg.Others != nil {
+		resolver.Others = n.otherResolvers
+	}
+	if n.dns, err = dns.New(resolver); err != nil {
 		return err
 	}
 	if err := n.openDHCP(&leases); err != nil {
@@ -233,6 +237,14 @@ func (n *Network) openGateway() error {
 	udp.PacketHandler, icmp.PacketHandler, names.PacketHandler = n.nat.UDP(), n.nat.ICMP(), n.dns
 	tcp.TCPHandler = &router{network: n}
 	return nil
+}
+
+// otherResolvers are those of the client's further networks.
+func (n *Network) otherResolvers(client netip.Addr) (out []*dns.Server) {
+	for _, o := range n.cfg.Others(client) {
+		out = append(out, o.dns)
+	}
+	return out
 }
 
 // openDHCP makes the DHCP server of the IPv4 subnet; without one there is nothing to hand out.
