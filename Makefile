@@ -7,7 +7,7 @@ FUZZTIME ?= 30s
 VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 TOOL := go tool -modfile=tools/go.mod
 # Rooms with goroutines that share memory: what -race is paid for.
-RACE := ./switch/... ./nat/... ./stack/... ./ipam/... ./internal/dns/... ./internal/dhcp/... ./internal/node/... ./internal/api/... ./internal/edge/... ./tap/...
+RACE := ./switch/... ./nat/... ./stack/... ./stream/... ./tunnel/... ./ipam/... ./internal/dns/... ./internal/dhcp/... ./internal/node/... ./internal/daemon/... ./internal/capture/... ./internal/api/... ./internal/edge/... ./tap/...
 
 .PHONY: help
 help: ## show this list
