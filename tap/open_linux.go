@@ -71,7 +71,7 @@ type OpenConfig struct {
 	// Persist lets the interface outlive its last descriptor, with its addresses and routes.
 	Persist bool
 	// New refuses an interface that is there already with EBUSY or EEXIST, also one that somebody makes at this moment: of a multi-queue one this would otherwise
-	// become a further queue. A plain TAP of several queues is not protected.
+	// become a further queue.
 	New bool
 }
 

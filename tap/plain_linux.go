@@ -12,10 +12,12 @@ import (
 
 // openPlain opens a TAP without a virtio header through songgao/water.
 func openPlain(c OpenConfig, h *Handle) (*Handle, error) {
-	if err := tryPlain(c); err != nil {
+	hold, err := tryPlain(c)
+	if err != nil {
 		return nil, explainOpen(c.Name, err)
 	}
-	err := openWaters(c, h)
+	defer unix.Close(hold)
+	err = openWaters(c, h)
 	if c.Queues > 1 && errors.Is(err, unix.EINVAL) {
 		c.Queues = 1
 		if err1 := openWaters(c, h); err1 == nil {
@@ -35,20 +37,31 @@ func openPlain(c OpenConfig, h *Handle) (*Handle, error) {
 	return h, nil
 }
 
-// tryPlain finds out whether the interface can be had at all: water leaks its descriptor when it cannot.
-func tryPlain(c OpenConfig) error {
+// tryPlain finds out whether the interface can be had at all: water leaks its descriptor when it cannot. What it returns is for the caller to close when water is
+// done: with several queues, which anybody may join, it holds a new name meanwhile; a single queue is nobody else's anyway.
+func tryPlain(c OpenConfig) (hold int, err error) {
+	hold = -1
 	fd, err := unix.Open(DevicePath, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return &fs.PathError{Op: "open", Path: DevicePath, Err: err}
+		return hold, &fs.PathError{Op: "open", Path: DevicePath, Err: err}
 	}
-	defer unix.Close(fd)
-	if _, err = setIff(fd, c.Name, unix.IFF_TAP|unix.IFF_NO_PI); errors.Is(err, unix.EINVAL) && c.Queues > 1 {
-		_, err = setIff(fd, c.Name, unix.IFF_TAP|unix.IFF_NO_PI|unix.IFF_MULTI_QUEUE)
+	flags := uint16(unix.IFF_TAP | unix.IFF_NO_PI)
+	if c.New {
+		flags |= unix.IFF_TUN_EXCL
+		if c.Queues > 1 && c.Name != "" {
+			if _, err = setIff(fd, c.Name, flags|unix.IFF_MULTI_QUEUE); err == nil {
+				return fd, nil
+			}
+		}
 	}
+	if _, err = setIff(fd, c.Name, flags); errors.Is(err, unix.EINVAL) && c.Queues > 1 {
+		_, err = setIff(fd, c.Name, flags|unix.IFF_MULTI_QUEUE)
+	}
+	unix.Close(fd)
 	if err != nil {
-		return fmt.Errorf("TUNSETIFF: %w", err)
+		return hold, fmt.Errorf("TUNSETIFF: %w", err)
 	}
-	return nil
+	return hold, nil
 }
 
 // openWaters opens all queues; on error nothing stays open.

@@ -17,7 +17,6 @@ import (
 	"patchbay/internal/netns"
 	"patchbay/internal/wire"
 	"patchbay/nat"
-	"patchbay/tap"
 )
 
 func attachCommand() *cli.Command {
@@ -175,15 +174,9 @@ func attachNamespace(ctx context.Context, client *api.Client, network string, sp
 	}
 	h := hs[0]
 	defer h.Close()
-	at, err := s.Up(api.Device{Info: h.Info, Notes: notes, PID: spec.PID, Identity: &id, FDs: h.FDs})
-	if err != nil {
-		err = errors.Join(err, forget(h))
-	}
-	return at, err
+	// The interface is the node's from here on, or, if it does not want it, vanishes with h.
+	return s.Up(api.Device{Info: h.Info, Notes: notes, PID: spec.PID, Identity: &id, FDs: h.FDs})
 }
-
-// forget has an interface vanish that nobody wants.
-func forget(h *tap.Handle) error { return h.SetPersist(false) }
 
 func detachCommand() *cli.Command {
 	return nodeCommand(&cli.Command{

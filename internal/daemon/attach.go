@@ -42,6 +42,8 @@ type attachment struct {
 	detached  chan struct{} // closed when it is being taken away
 	going     bool
 	listener  *net.UnixListener // of LifetimeStream
+	reopening sync.Mutex        // held while the interface that an earlier node left is opened, or removed
+	left      bool              // there may be such an interface, and it is not plugged; guarded by reopening
 	inherited bool              // plugged with what another node handed over, and not seen its client yet
 	session   int               // which Attaching is its client's now: one that has been replaced has no say any more
 }
@@ -368,6 +370,7 @@ func (a *attachment) remove() error {
 	a.disk.Unlock()
 	if err == nil && a.lifetime == api.LifetimeNamespace {
 		err = a.ClearPersist() // so that the interface goes with its last descriptor
+		a.forgetLeft()
 	}
 	err = errors.Join(err, a.Close())
 	a.serving.Wait()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -13,10 +14,21 @@ import (
 	"patchbay/internal/edge"
 	"patchbay/internal/netns"
 	"patchbay/nat"
+	"patchbay/tap"
 )
 
-// reopeners is how many namespaces are entered at once: each takes a process of some 15 ms of CPU.
-const reopeners = 4
+const (
+	// reopeners is how many namespaces are entered at once: each takes a process of some 15 ms of CPU.
+	reopeners = 4
+	// reopenWithin bounds one attempt: whoever lives in the namespace can stop the process that is sent in.
+	reopenWithin = 10 * time.Second
+	// reopenPause is the first pause before what failed is tried again. The next ones are twice as long each, up to reopenSeldom.
+	reopenPause  = time.Second
+	reopenSeldom = time.Minute
+)
+
+// errEnded is in the chain when an attachment's namespace cannot be found any more.
+var errEnded = errors.New("its namespace has ended")
 
 // restore brings back what is on disk. Networks and reservations are there when it returns; devices come in the background.
 func (n *Node) restore(ctx context.Context, from *inheritance) error {
@@ -46,6 +58,7 @@ func (n *Node) restore(ctx context.Context, from *inheritance) error {
 				continue
 			}
 			if r.Lifetime == api.LifetimeNamespace && a.Lost() == nil {
+				a.left = true
 				reopen = append(reopen, a)
 			}
 		}
@@ -123,25 +136,53 @@ func (n *Node) awaitHolder(a *attachment) {
 	}
 }
 
-// reopenAll opens the interfaces again that an earlier node left in their namespaces.
+// reopenAll opens the interfaces again that an earlier node left in their namespaces. It ends attachments whose interface or namespace is no more; what fails for another reason it tries
+// again.
 func (n *Node) reopenAll(as []*attachment) {
-	start := time.Now()
+	if len(as) == 0 {
+		return
+	}
+	start, all := time.Now(), len(as)
+	as = n.reopenOnce(as)
+	n.log.Info("interfaces opened again", "attachments", all-len(as), "of", all, "took", time.Since(start))
+	for pause := reopenPause; len(as) > 0; pause = min(2*pause, reopenSeldom) {
+		select {
+		case <-n.ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		as = n.reopenOnce(as)
+	}
+}
+
+// reopenOnce returns those that are to be tried again.
+func (n *Node) reopenOnce(as []*attachment) (again []*attachment) {
 	var g errgroup.Group
 	g.SetLimit(reopeners)
-	for _, a := range as {
+	failed := make([]bool, len(as))
+	for i, a := range as {
 		g.Go(func() error {
 			err := n.reopen(a)
-			if err != nil && n.ctx.Err() == nil {
-				n.log.Info("attachment is gone", "network", a.network.rec.Name, "name", a.Name(), "reason", err)
+			log := n.log.With("network", a.network.rec.Name, "name", a.Name(), "reason", err)
+			switch {
+			case err == nil || n.ctx.Err() != nil:
+			case errors.Is(err, tap.ErrGone), errors.Is(err, errEnded):
+				log.Info("attachment is gone")
 				a.end()
+			default:
+				log.Warn("interface is not opened again yet")
+				failed[i] = true
 			}
 			return nil
 		})
 	}
 	_ = g.Wait() // none fails
-	if len(as) > 0 {
-		n.log.Info("interfaces opened again", "attachments", len(as), "took", time.Since(start))
+	for i, a := range as {
+		if failed[i] {
+			again = append(again, a)
+		}
 	}
+	return again
 }
 
 // openTarget opens the namespace of a record, and makes sure it is the same as ever.
@@ -153,33 +194,96 @@ func openTarget(rec *attachmentRecord) (*netns.Target, error) {
 	} else {
 		t, err = netns.OpenTarget(rec.PID)
 	}
-	if err != nil {
-		return nil, err
-	}
-	if rec.Identity != nil {
-		if err := rec.Identity.Matches(t); err != nil {
+	if err == nil && rec.Identity != nil {
+		if err = rec.Identity.Matches(t); err != nil {
 			t.Close()
-			return nil, err
 		}
 	}
+	switch {
+	case err == nil:
+		return t, nil
+	case errors.Is(err, netns.ErrNoProcess), errors.Is(err, netns.ErrOther), errors.Is(err, netns.ErrNotNetNS), errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("%w: %w", errEnded, err)
+	}
+	return nil, err
+}
+
+// findTarget is openTarget that also finds a namespace in which another process is left than the one that named it.
+func (a *attachment) findTarget() (*netns.Target, error) {
+	a.node.mu.Lock()
+	rec := a.rec
+	a.node.mu.Unlock()
+	t, err := openTarget(&rec)
+	if !errors.Is(err, errEnded) || rec.Identity == nil {
+		return t, err
+	}
+	p := rec.Identity.Process()
+	if p == nil {
+		return nil, err
+	}
+	// An inode number may be another namespace's by now. What is opened in it is held against name and MAC.
+	rec.PID, rec.NetNS, rec.Identity = p.PID, "", p
+	if t, err = openTarget(&rec); err != nil {
+		return nil, err
+	}
+	a.node.mu.Lock()
+	a.rec.PID, a.rec.NetNS, a.rec.Identity = rec.PID, rec.NetNS, rec.Identity
+	a.node.mu.Unlock()
 	return t, nil
 }
 
-// reopen plugs one attachment again.
-func (n *Node) reopen(a *attachment) error {
-	t, err := openTarget(&a.rec)
+// openLeft opens the interface that an earlier node left. It stays persistent.
+func (a *attachment) openLeft() (*tap.Handle, error) {
+	t, err := a.findTarget()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer t.Close()
 	ifc := a.Interface()
 	ifc.Name, ifc.Persist, ifc.Reopen = a.rec.IfName, true, true
-	hs, notes, err := edge.OpenIn(n.ctx, t, []edge.Interface{ifc})
+	ctx, cancel := context.WithTimeout(a.node.ctx, reopenWithin)
+	defer cancel()
+	hs, notes, err := edge.OpenIn(ctx, t, []edge.Interface{ifc})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, note := range notes {
-		n.log.Warn("interface", "name", a.Name(), "note", note)
+		a.node.log.Warn("interface", "name", a.Name(), "note", note)
 	}
-	return a.plug(hs[0])
+	return hs[0], nil
+}
+
+// reopen plugs one attachment again.
+func (n *Node) reopen(a *attachment) error {
+	a.reopening.Lock()
+	defer a.reopening.Unlock()
+	n.mu.Lock()
+	going := a.going
+	n.mu.Unlock()
+	if going {
+		return nil
+	}
+	h, err := a.openLeft()
+	if err == nil {
+		err = a.plug(h)
+	}
+	a.left = err != nil && !errors.Is(err, tap.ErrGone) && !errors.Is(err, errEnded)
+	return err
+}
+
+// forgetLeft lets go, if it can be reached, the interface of an attachment that is taken away before it was opened again.
+func (a *attachment) forgetLeft() {
+	a.reopening.Lock()
+	defer a.reopening.Unlock()
+	if !a.left {
+		return
+	}
+	a.left = false
+	h, err := a.openLeft()
+	if err == nil {
+		err = errors.Join(h.SetPersist(false), h.Close())
+	}
+	if err != nil && !errors.Is(err, tap.ErrGone) && !errors.Is(err, errEnded) {
+		a.node.log.Warn("interface is left in its namespace", "network", a.network.rec.Name, "name", a.Name(), "interface", a.rec.IfName, "reason", err)
+	}
 }

@@ -46,6 +46,7 @@ type message struct {
 	Left   []int     `json:",omitempty"`
 	Err    string    `json:",omitempty"`
 	Errno  int       `json:",omitempty"`
+	Gone   bool      `json:",omitempty"` // tap.ErrGone
 }
 
 // link is one end. One goroutine may receive while any number send.

@@ -62,7 +62,7 @@ func Main() {
 
 // fail tells the parent why there is no COMMAND.
 func (e *edgeProc) fail(err error) {
-	m := message{Kind: msgFail, Code: StatusFailed, Err: err.Error()}
+	m := message{Kind: msgFail, Code: StatusFailed, Err: err.Error(), Gone: errors.Is(err, tap.ErrGone)}
 	var x *Error
 	if errors.As(err, &x) {
 		m.Code = x.Status

@@ -19,8 +19,9 @@ const maxEthN = 1000
 
 // OpenIn opens interfaces in a namespace that is there already and returns their descriptors, which are the caller's. It starts this program once more inside the target's
 // user and network namespaces, where that one opens and configures the interfaces, hands them over and ends. An interface without a name becomes the first free ethN. A default route is
-// left out, with a note, where the namespace has one. On error nothing is left in the namespace. A caller that has no use for a persistent interface after all calls SetPersist(false) before
-// it closes it. It blocks for some 20 ms; when ctx ends it gives up.
+// left out, with a note, where the namespace has one. A new interface is not persistent: it vanishes with the descriptors, whatever becomes of the caller; whoever owns the interface in the
+// end makes it so. On error nothing new is left in the namespace, and interfaces that were to be opened again are as they were; tap.ErrGone is in the chain when one of those is no more.
+// It blocks for some 20 ms; when ctx ends it gives up.
 func OpenIn(ctx context.Context, t *netns.Target, ifcs []Interface) (hs []*tap.Handle, notes []string, err error) {
 	w := wireSpec{Spec: Spec{Net: NetPrivate, Interfaces: ifcs, Pause: true}, Task: taskOpen}
 	for i := range ifcs {
@@ -51,13 +52,21 @@ func OpenIn(ctx context.Context, t *netns.Target, ifcs []Interface) (hs []*tap.H
 	if err != nil {
 		return nil, nil, err
 	}
-	defer reapChild(pid)
-	defer context.AfterFunc(ctx, func() { l.Close() })()
+	// The container may stop the process inside, or hold a duplicate of its socket.
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+		l.Close()
+	})
 	p := &Process{link: l}
-	if err := p.takeDevices(len(ifcs)); err != nil {
-		for _, h := range p.devices {
-			_ = h.SetPersist(false) // best effort: the error that matters is err
-		}
+	err = p.takeDevices(len(ifcs))
+	if !stop() {
+		<-stopped
+	}
+	_ = syscall.Kill(pid, syscall.SIGKILL) // it has nothing left to do
+	reapChild(pid)
+	if err != nil {
 		closeDevices(p.devices)
 		switch {
 		case ctx.Err() != nil:
@@ -100,9 +109,6 @@ func (e *edgeProc) openInterfaces() error {
 	}
 	for _, h := range e.handles {
 		if err := e.link.send(message{Kind: msgDevice, Device: &h.Info, Notes: h.Notes}, h.FDs...); err != nil {
-			for _, h := range e.handles {
-				_ = h.SetPersist(false) // nobody is there to hear of an error
-			}
 			return err
 		}
 	}
@@ -162,8 +168,10 @@ func openFree(f *Interface) (*tap.Handle, error) {
 		}
 		h, err := tap.Open(tap.OpenConfig{Name: f.Name, Kind: f.Kind, Queues: f.Queues, Plain: f.ForcePlain, New: true})
 		// Somebody else may have been faster.
-		if again && (errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST)) {
+		if taken := errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST); taken && again {
 			continue
+		} else if taken {
+			err = fmt.Errorf("interface %q: it is there already; choose another with --ifname: %w", f.Name, unix.EEXIST)
 		}
 		return h, err
 	}
@@ -184,10 +192,24 @@ func (e *edgeProc) openAgain(f *Interface) (*tap.Handle, error) {
 	if ifc.HardwareAddr.String() != f.MAC.String() {
 		return nil, fmt.Errorf("interface %q has MAC %s and not %s, so it is another one: %w", f.Name, ifc.HardwareAddr, f.MAC, tap.ErrGone)
 	}
+	if !isTAP(f.Name) {
+		return nil, fmt.Errorf("interface %q has the MAC %s and is no TAP, so it is another one: %w", f.Name, f.MAC, tap.ErrGone)
+	}
 	h, err := tap.Open(tap.OpenConfig{Name: f.Name, Queues: f.Queues, Plain: f.ForcePlain, Persist: true})
 	if err != nil {
 		return nil, err
 	}
 	h.MTU = ifc.MTU
 	return h, nil
+}
+
+// isTAP reports whether an interface is a TAP, or cannot be asked.
+func isTAP(name string) bool {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return true
+	}
+	defer unix.Close(fd)
+	d, err := unix.IoctlGetEthtoolDrvinfo(fd, name)
+	return err != nil || unix.ByteSliceToString(d.Driver[:]) == "tun" && unix.ByteSliceToString(d.Bus_info[:]) == "tap"
 }

@@ -284,11 +284,14 @@ func closeDevices(ds []*tap.Handle) {
 	}
 }
 
-// failure turns a msgFail into an *Error whose chain has the edge's errno.
+// failure turns a msgFail into an *Error whose chain has the edge's errno, or tap.ErrGone.
 func (m *message) failure() *Error {
 	err := errors.New(m.Err)
-	if m.Errno != 0 {
-		err = &remoteError{text: m.Err, errno: syscall.Errno(m.Errno)}
+	switch {
+	case m.Gone:
+		err = &remoteError{text: m.Err, cause: tap.ErrGone}
+	case m.Errno != 0:
+		err = &remoteError{text: m.Err, cause: syscall.Errno(m.Errno)}
 	}
 	code := m.Code
 	if code != StatusNotExecutable && code != StatusNotFound {
@@ -299,11 +302,11 @@ func (m *message) failure() *Error {
 
 type remoteError struct {
 	text  string
-	errno syscall.Errno
+	cause error
 }
 
 func (e *remoteError) Error() string { return e.text }
-func (e *remoteError) Unwrap() error { return e.errno }
+func (e *remoteError) Unwrap() error { return e.cause }
 
 // lost says how an edge process ended that did not say so itself.
 func lost(ws syscall.WaitStatus) *Error {
