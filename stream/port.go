@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -9,7 +10,10 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"patchbay/frame"
 	"patchbay/internal/offload"
@@ -39,6 +43,8 @@ type Config struct {
 	MTU int
 	// BufferBytes bounds the frames that wait while as many are being written. Default DefaultBufferBytes, which is twenty milliseconds at 400 Mbit/s.
 	BufferBytes int
+	// Pending is what has been read of Conn already: what Export of another process gave. Default: nothing.
+	Pending []byte
 	// Drops is where drops are counted. Default: counters of its own.
 	Drops *frame.DropCounters
 }
@@ -59,6 +65,8 @@ type Port struct {
 
 	mu     sync.Mutex
 	buf    []byte // waits to be written
+	busy   bool   // something is being written
+	paused bool   // by Export
 	closed bool
 	broken error         // why the writing ended, unless Close ended it
 	wake   chan struct{} // has room for one: buf is not empty
@@ -91,6 +99,9 @@ func New(c Config) (*Port, error) {
 	if c.MTU < 68 || c.BufferBytes < prefixLen+wire.MaxFrame {
 		return nil, fmt.Errorf("stream: MTU %d and a buffer of %d bytes make no sense; use an MTU of 68 at least and a buffer of %d at least", c.MTU, c.BufferBytes, prefixLen+wire.MaxFrame)
 	}
+	if most := prefixLen + wire.MaxFrame; len(c.Pending) >= most {
+		return nil, fmt.Errorf("stream: %d bytes that were read before make no sense; less than %d can be left over", len(c.Pending), most)
+	}
 	if c.Drops == nil {
 		c.Drops = new(frame.DropCounters)
 	}
@@ -98,6 +109,7 @@ func New(c Config) (*Port, error) {
 		conn: c.Conn, maxLen: wire.EthernetLen + c.MTU, limit: c.BufferBytes, drops: c.Drops, wake: make(chan struct{}, 1),
 		pool: sync.Pool{New: func() any { return new(offload.Segmenter) }}, in: make([]byte, 2*(prefixLen+wire.MaxFrame)),
 	}
+	p.end = copy(p.in, c.Pending)
 	p.writer.Go(p.write)
 	return p, nil
 }
@@ -139,8 +151,11 @@ func (p *Port) Transmit(fs []frame.Frame) (sent int) {
 
 // append adds one frame to the buffer, whole or not at all; p.mu is held.
 func (p *Port) append(f *frame.Frame, seg *offload.Segmenter) (why frame.Drop, ok bool) {
-	if p.closed {
+	switch {
+	case p.closed:
 		return frame.DropPortDown, false
+	case p.paused:
+		return frame.DropTxBusy, false
 	}
 	if len(f.Data) < wire.EthernetLen || len(f.Data) > wire.MaxFrame {
 		return frame.DropMalformed, false
@@ -189,6 +204,7 @@ func (p *Port) write() {
 		for {
 			p.mu.Lock()
 			p.buf, spare = spare[:0], p.buf
+			p.busy = len(spare) > 0
 			p.mu.Unlock()
 			if len(spare) == 0 {
 				break
@@ -200,6 +216,53 @@ func (p *Port) write() {
 			}
 		}
 	}
+}
+
+// Export stops taking frames, waits until those that it has taken are written, for at most wait, and returns a duplicate of the connection's descriptor with what has been read of it and not
+// handed over, for New in another process (Config.Pending). Serve must not be running. Resume undoes it; a process that has handed the connection over closes the Port, which the
+// peer does not notice.
+func (p *Port) Export(wait time.Duration) (fd int, pending []byte, err error) {
+	sc, ok := p.conn.(syscall.Conn)
+	if !ok {
+		return -1, nil, fmt.Errorf("stream: %T has no descriptor to hand over", p.conn)
+	}
+	p.mu.Lock()
+	p.paused = true
+	p.mu.Unlock()
+	for end := time.Now().Add(wait); ; time.Sleep(100 * time.Microsecond) {
+		p.mu.Lock()
+		idle, closed := len(p.buf) == 0 && !p.busy, p.closed
+		p.mu.Unlock()
+		switch {
+		case closed:
+			return -1, nil, fmt.Errorf("stream: hand over: %w", net.ErrClosed)
+		case idle:
+			p.serving.Lock()
+			pending = bytes.Clone(p.in[p.start:p.end])
+			p.serving.Unlock()
+			rc, err := sc.SyscallConn()
+			if err == nil {
+				if cerr := rc.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3) }); cerr != nil {
+					err = cerr
+				}
+			}
+			if err != nil {
+				p.Resume()
+				return -1, nil, fmt.Errorf("stream: hand over: %w", err)
+			}
+			return fd, pending, nil
+		case time.Now().After(end):
+			p.Resume()
+			return -1, nil, fmt.Errorf("stream: hand over: the peer does not read what waits for it (%w)", context.DeadlineExceeded)
+		}
+	}
+}
+
+// Resume takes frames again after an Export that led to nothing.
+func (p *Port) Resume() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.paused = false
 }
 
 // fail has Transmit take nothing more, and ends write. The first one's reason counts: nil is Close.

@@ -446,3 +446,70 @@ func Example() {
 	port.Transmit([]frame.Frame{{Data: make([]byte, 60)}})
 	// Output:
 }
+
+// TestExport hands a connection over in the middle of a frame, both ways: nothing is lost and nothing comes twice.
+func TestExport(t *testing.T) {
+	p, peer := pair(t, Config{})
+	got := make(collector, 10)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- p.Serve(ctx, got) }()
+	out := framed(ether(100, 1), ether(200, 2))
+	if _, err := peer.Write(out[:150]); err != nil { // the first, and some of the second
+		t.Fatal(err)
+	}
+	if g := <-got; len(g) != 100 {
+		t.Fatalf("%d bytes", len(g))
+	}
+	p.Transmit([]frame.Frame{{Data: ether(300, 3)}})
+	stop()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	fd, pending, err := p.Export(time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.Transmit([]frame.Frame{{Data: ether(60, 4)}}) != 0 || p.Drops().Get(frame.DropTxBusy) != 1 {
+		t.Error("it takes frames that would come out of order")
+	}
+	f := os.NewFile(uintptr(fd), "conn")
+	conn, err := net.FileConn(f)
+	f.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	q, err := New(Config{Conn: conn, Pending: pending})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	go q.Serve(t.Context(), got)
+	if _, err := peer.Write(out[150:]); err != nil {
+		t.Fatal(err)
+	}
+	if g := <-got; len(g) != 200 || g[199] != 2 {
+		t.Errorf("the frame that was cut: %d bytes", len(g))
+	}
+	q.Transmit([]frame.Frame{{Data: ether(400, 5)}})
+	for _, want := range []int{300, 400} {
+		if g := next(t, peer); len(g) != want {
+			t.Errorf("%d bytes, want %d", len(g), want)
+		}
+	}
+}
+
+// TestExportStuck holds that a peer that does not read is not waited for without end, and that the port goes on.
+func TestExportStuck(t *testing.T) {
+	p, peer := pair(t, Config{})
+	for p.Transmit([]frame.Frame{{Data: ether(1400, 1)}}) > 0 {
+	}
+	if _, _, err := p.Export(20 * time.Millisecond); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("%v", err)
+	}
+	go io.Copy(io.Discard, peer)
+	testbed.Eventually(t, 5*time.Second, func() bool { return p.Transmit([]frame.Frame{{Data: ether(60, 2)}}) == 1 })
+}

@@ -103,6 +103,16 @@ func (d *daemonProc) launch(more ...string) {
 	}
 }
 
+// takeOver starts another daemon in the place of the one that runs, and waits until that has ended.
+func (d *daemonProc) takeOver() {
+	d.t.Helper()
+	old := d.cmd
+	d.launch("--takeover")
+	if err := old.Wait(); err != nil {
+		d.t.Fatalf("takeover: the old daemon: %v: %s", err, d.stderr)
+	}
+}
+
 // end sends the daemon a signal and waits until it is gone.
 func (d *daemonProc) end(sig syscall.Signal) {
 	if d.cmd.Process == nil || d.cmd.ProcessState != nil {
@@ -410,13 +420,8 @@ func TestTakeover(t *testing.T) {
 
 	time.Sleep(2 * time.Second)
 	late := lateness()
-	old := d.cmd
 	for i := range 2 {
-		d.launch("--takeover")
-		if err := old.Wait(); err != nil {
-			t.Fatalf("takeover %d: the old daemon: %v: %s", i, err, d.stderr)
-		}
-		old = d.cmd
+		d.takeOver()
 		if !testbed.Wait(10*time.Second, func() bool { return d.up("web") && d.up("srv") && d.up("cli") }) {
 			t.Fatalf("takeover %d: %s", i, d.do("ps"))
 		}

@@ -215,6 +215,13 @@ func TestQEMU(t *testing.T) {
 	}
 	before := works()
 
+	// Another daemon takes over: the machine's connection too, which QEMU would not make again.
+	d.takeOver()
+	testbed.Eventually(t, 20*time.Second, func() bool { return d.up("web") && d.up("vm1") })
+	if after := works(); fmt.Sprint(after.Addrs, after.MAC) != fmt.Sprint(before.Addrs, before.MAC) {
+		t.Errorf("before the takeover vm1 was %+v\nand after it %+v", before, after)
+	}
+
 	d.end(syscall.SIGKILL)
 	d.start()
 	if !reconnects {

@@ -31,6 +31,8 @@ type Part struct {
 	ID      string   `json:"id,omitempty"`   // of the published ports
 	// Info describes the device of a PartTAP.
 	Info *tap.Info `json:"info,omitempty"`
+	// Data is what has been read already of a PartMachine's connection.
+	Data []byte `json:"data,omitempty"`
 	// Flows are what PartUDP's sockets belong to.
 	Flows json.RawMessage `json:"flows,omitempty"`
 }
@@ -43,6 +45,7 @@ const (
 	PartAPI     PartKind = "api"     // the node's own socket
 	PartTAP     PartKind = "tap"     // an attachment's device
 	PartStream  PartKind = "stream"  // the socket where a virtual machine connects
+	PartMachine PartKind = "machine" // the connection of one; Info has its MAC
 	PartPublish PartKind = "publish" // some of the sockets of published ports, in order of the range
 	PartUDP     PartKind = "udp"     // sockets of NAT's UDP flows
 	PartEnd     PartKind = "end"     // that is all, and the state on disk may be opened

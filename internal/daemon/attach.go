@@ -19,6 +19,7 @@ import (
 	"patchbay/internal/node"
 	"patchbay/internal/wire"
 	"patchbay/nat"
+	"patchbay/stream"
 	"patchbay/tap"
 )
 
@@ -44,6 +45,7 @@ type attachment struct {
 	listener  *net.UnixListener // of LifetimeStream
 	reopening sync.Mutex        // held while the interface that an earlier node left is opened, or removed
 	left      bool              // there may be such an interface, and it is not plugged; guarded by reopening
+	machine   *stream.Port      // the virtual machine that is connected
 	inherited bool              // plugged with what another node handed over, and not seen its client yet
 	session   int               // which Attaching is its client's now: one that has been replaced has no say any more
 }

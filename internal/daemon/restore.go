@@ -101,7 +101,7 @@ func (n *Node) restoreAttachment(ctx context.Context, nw *network, rec attachmen
 				return nil, errors.Join(err, a.remove())
 			}
 		}
-		n.listenStream(a, l)
+		n.listenStream(a, l, from.machine(attachmentKey(nw.rec.Name, rec.Name)))
 	}
 	return a, nil
 }

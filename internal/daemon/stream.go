@@ -43,7 +43,7 @@ func (n *Node) AttachStream(ctx context.Context, network string, spec api.Attach
 	if err != nil {
 		return undo(err)
 	}
-	n.listenStream(a, l)
+	n.listenStream(a, l, nil)
 	a.settle()
 	if err := a.write(); err != nil {
 		return undo(err)
@@ -56,7 +56,8 @@ const giveWay = time.Second
 
 // listenStream serves the virtual machine that connects to l, and when that has gone the next one, until the attachment or the node ends. A second one is refused,
 // unless the first has not sent a frame yet: whoever connects and says nothing does not keep a machine out.
-func (n *Node) listenStream(a *attachment, l *net.UnixListener) {
+// given is one that was connected to another node before, or nil.
+func (n *Node) listenStream(a *attachment, l *net.UnixListener, given *givenMachine) {
 	n.mu.Lock()
 	a.listener = l
 	n.mu.Unlock()
@@ -76,6 +77,9 @@ func (n *Node) listenStream(a *attachment, l *net.UnixListener) {
 	a.serving.Go(func() {
 		log := n.log.With("network", a.network.rec.Name, "name", a.Name())
 		var now *machine
+		if given != nil {
+			now = n.startMachine(ctx, a, given, log)
+		}
 		for {
 			conn, err := l.AcceptUnix()
 			if err != nil {
@@ -94,7 +98,7 @@ func (n *Node) listenStream(a *attachment, l *net.UnixListener) {
 				log.Warn("a second virtual machine is refused: there is one on this socket, which has to go first")
 				continue
 			}
-			now = n.startMachine(ctx, a, conn, log)
+			now = n.startMachine(ctx, a, &givenMachine{conn: conn}, log)
 		}
 		if now != nil {
 			<-now.done
@@ -108,14 +112,14 @@ type machine struct {
 	done  chan struct{}      // closed when nothing of it is left
 }
 
-// startMachine serves conn on a goroutine of its own.
-func (n *Node) startMachine(ctx context.Context, a *attachment, conn *net.UnixConn, log *slog.Logger) *machine {
+// startMachine serves what has connected on a goroutine of its own.
+func (n *Node) startMachine(ctx context.Context, a *attachment, given *givenMachine, log *slog.Logger) *machine {
 	silent, leave := context.WithCancel(ctx)
 	m := &machine{leave: leave, done: make(chan struct{})}
 	a.serving.Go(func() {
 		defer close(m.done)
 		defer leave()
-		if err := n.serveMachine(ctx, silent, a, conn); err != nil && ctx.Err() == nil {
+		if err := n.serveMachine(ctx, silent, a, given); err != nil && ctx.Err() == nil {
 			log.Warn("virtual machine", "reason", err)
 		}
 	})
@@ -134,13 +138,16 @@ func (m *machine) over(wait time.Duration) bool {
 }
 
 // serveMachine is the life of one connection: the port is plugged when the machine has shown its MAC, for which it has until silent ends.
-func (n *Node) serveMachine(ctx, silent context.Context, a *attachment, conn *net.UnixConn) error {
-	port, err := stream.New(stream.Config{Conn: conn, MTU: a.network.rec.MTU})
+func (n *Node) serveMachine(ctx, silent context.Context, a *attachment, given *givenMachine) error {
+	port, err := stream.New(stream.Config{Conn: given.conn, Pending: given.pending, MTU: a.network.rec.MTU})
 	if err != nil {
-		conn.Close()
+		given.conn.Close()
 		return err
 	}
-	mac, err := port.First(silent)
+	mac := given.mac
+	if mac.IsZero() {
+		mac, err = port.First(silent)
+	}
 	if err != nil && silent.Err() != nil {
 		err = errors.New("it has sent nothing, and another one has connected")
 	}
@@ -160,6 +167,9 @@ func (n *Node) serveMachine(ctx, silent context.Context, a *attachment, conn *ne
 	if err != nil {
 		return err
 	}
+	n.mu.Lock()
+	a.machine = port
+	n.mu.Unlock()
 	lost := a.Lost()
 	err = a.up()
 	if err == nil {
@@ -169,7 +179,7 @@ func (n *Node) serveMachine(ctx, silent context.Context, a *attachment, conn *ne
 		}
 	}
 	n.mu.Lock()
-	a.since = time.Time{}
+	a.since, a.machine = time.Time{}, nil
 	n.mu.Unlock()
 	return errors.Join(err, a.Unplug())
 }

@@ -6,12 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"patchbay/internal/api"
+	"patchbay/internal/wire"
 	"patchbay/nat"
 	"patchbay/tap"
 )
@@ -111,6 +114,9 @@ func (h *handing) attachment(a *attachment, send func(p api.Part, fds []int) err
 			return err
 		}
 	}
+	if err := h.machine(a, part, send); err != nil {
+		return err
+	}
 	for _, pub := range publishes {
 		if pub.live == nil {
 			continue
@@ -128,6 +134,27 @@ func (h *handing) attachment(a *attachment, send func(p api.Part, fds []int) err
 		}
 	}
 	return nil
+}
+
+// machineDrains is how long a virtual machine may take to read what waits for it.
+const machineDrains = time.Second
+
+// machine hands over the connection of a virtual machine. One that does not read loses it: it connects again.
+func (h *handing) machine(a *attachment, part api.Part, send func(p api.Part, fds []int) error) error {
+	h.n.mu.Lock()
+	port := a.machine
+	h.n.mu.Unlock()
+	if port == nil {
+		return nil
+	}
+	fd, pending, err := port.Export(machineDrains)
+	if err != nil {
+		h.n.log.Warn("virtual machine is not handed over", "network", part.Network, "name", part.Name, "reason", err)
+		return nil
+	}
+	defer unix.Close(fd)
+	part.Kind, part.Data, part.Info = api.PartMachine, pending, &tap.Info{MAC: a.MAC()}
+	return send(part, []int{fd})
 }
 
 // Commit implements api.Handing.
@@ -157,6 +184,9 @@ func (h *handing) Resume() {
 		for _, a := range as {
 			errs = append(errs, a.Continue())
 			n.mu.Lock()
+			if a.machine != nil {
+				a.machine.Resume()
+			}
 			l, publishes := a.listener, slices.Clone(a.publishes)
 			n.mu.Unlock()
 			if l != nil {
@@ -206,8 +236,36 @@ type inheritance struct {
 	api       *net.UnixListener
 	taps      map[string]*tap.Handle // by attachmentKey
 	streams   map[string]*net.UnixListener
+	machines  map[string]*givenMachine
 	publishes map[string][]int // by id
 	udp       map[string][]udpPart
+}
+
+// givenMachine is a virtual machine that was connected to another node.
+type givenMachine struct {
+	conn    *net.UnixConn
+	pending []byte
+	mac     wire.MAC
+}
+
+// newGivenMachine takes fds over.
+func newGivenMachine(p api.Part, fds []int) (*givenMachine, error) {
+	if len(fds) != 1 || p.Info == nil {
+		closeAll(fds)
+		return nil, errors.New("the other node does not describe a virtual machine's connection; it is of another version")
+	}
+	f := os.NewFile(uintptr(fds[0]), "machine")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		c.Close()
+		return nil, errors.New("a virtual machine's connection is no unix socket")
+	}
+	return &givenMachine{conn: u, pending: p.Data, mac: p.Info.MAC}, nil
 }
 
 type udpPart struct {
@@ -234,6 +292,11 @@ func (i *inheritance) take(s *api.Successor) error {
 			i.api, err = api.ListenFD(fds)
 		case api.PartStream:
 			i.streams[key], err = api.ListenFD(fds)
+		case api.PartMachine:
+			var m *givenMachine
+			if m, err = newGivenMachine(p, fds); err == nil {
+				i.machines[key] = m
+			}
 		case api.PartTAP:
 			if p.Info == nil {
 				closeAll(fds)
@@ -276,6 +339,15 @@ func (i *inheritance) stream(key string) *net.UnixListener {
 	return l
 }
 
+func (i *inheritance) machine(key string) *givenMachine {
+	if i == nil {
+		return nil
+	}
+	m := i.machines[key]
+	delete(i.machines, key)
+	return m
+}
+
 func (i *inheritance) published(id string) []int {
 	if i == nil {
 		return nil
@@ -303,6 +375,9 @@ func (i *inheritance) close() {
 	}
 	for _, l := range i.streams {
 		l.Close()
+	}
+	for _, m := range i.machines {
+		m.conn.Close()
 	}
 	for _, fds := range i.publishes {
 		closeAll(fds)
@@ -337,7 +412,7 @@ func TakeOver(ctx context.Context, cfg Config, socket string) (*Node, *net.UnixL
 	}
 	defer s.Close()
 	from := &inheritance{
-		taps: make(map[string]*tap.Handle), streams: make(map[string]*net.UnixListener), publishes: make(map[string][]int), udp: make(map[string][]udpPart),
+		taps: make(map[string]*tap.Handle), streams: make(map[string]*net.UnixListener), machines: make(map[string]*givenMachine), publishes: make(map[string][]int), udp: make(map[string][]udpPart),
 	}
 	if err := from.take(s); err != nil {
 		from.close()

@@ -414,7 +414,7 @@ func (a *Attachment) Lost() <-chan struct{} {
 	return a.link.lost
 }
 
-// Pause stops reading from the attachment's TAP and returns duplicates of its descriptors, which are the caller's, for another process to go on: what its container sends waits in the
+// Pause stops reading from the attachment's device and for a TAP returns duplicates of its descriptors, which are the caller's, for another process to go on: what its container sends waits in the
 // interface's queues. What is for the container is still delivered. There are none when it is not plugged, or with another device.
 func (a *Attachment) Pause() (*tap.Handle, error) {
 	a.mu.Lock()
@@ -422,16 +422,19 @@ func (a *Attachment) Pause() (*tap.Handle, error) {
 	if a.link == nil {
 		return nil, nil
 	}
+	var fds []int
 	dev, ok := a.link.device.(*tap.Device)
-	if !ok {
-		return nil, nil
-	}
-	fds, err := dev.Dup()
-	if err != nil {
-		return nil, err
+	if ok {
+		var err error
+		if fds, err = dev.Dup(); err != nil {
+			return nil, err
+		}
 	}
 	a.link.stopServe()
 	a.link.serving.Wait()
+	if !ok {
+		return nil, nil
+	}
 	return &tap.Handle{Info: a.link.info, FDs: fds}, nil
 }
 
