@@ -22,10 +22,13 @@ type space struct {
 	pid int
 }
 
-// newSpace has a user make one.
-func newSpace(t *testing.T, login *testbed.Login) *space {
+// newSpace has a user make one, with `unshare FLAGS…` (-Urn).
+func newSpace(t *testing.T, login *testbed.Login, flags ...string) *space {
 	t.Helper()
-	s := &space{t: t, cmd: login.As(exec.Command(testbed.Tool(t, "unshare"), "-Urn", testbed.Tool(t, "sleep"), "1000000"))}
+	if len(flags) == 0 {
+		flags = []string{"-Urn"}
+	}
+	s := &space{t: t, cmd: login.As(exec.Command(testbed.Tool(t, "unshare"), append(flags, testbed.Tool(t, "sleep"), "1000000")...))}
 	if err := s.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -230,6 +233,29 @@ func TestAttach(t *testing.T) {
 		}
 		_ = other.Wait()
 		d.gone("heir")
+	})
+	t.Run("user namespaces", func(t *testing.T) {
+		// Its user is not root in there, or it is in a user namespace below its network's.
+		plain, nested := newSpace(t, login, "--map-current-user", "-n"), newSpace(t, login, "-Urn", testbed.Tool(t, "unshare"), "-U")
+		for name, s := range map[string]*space{"plain": plain, "nested": nested} {
+			for i, device := range []string{"tap", "packet"} {
+				said := d.do("attach", "default", "--pid", fmt.Sprint(s.pid), "--name", name+device, "--device", device)
+				if want := fmt.Sprintf("eth%d", i); !strings.Contains(said, want) || !d.up(name+device) {
+					t.Errorf("%s, %s: %s", name, device, said)
+				}
+			}
+		}
+		d.do("detach", "plaintap", "plainpacket", "nestedtap", "nestedpacket")
+		// The host name of who made no UTS namespace is the host's.
+		host, err := os.Hostname()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range []*space{one, plain} {
+			if got := d.do("run", "--net", fmt.Sprintf("container:%d", s.pid), "--", "sh", "-c", "uname -n; readlink /proc/self/ns/net"); !strings.HasPrefix(got, host+"\nnet:") {
+				t.Errorf("a command in there says %q", got)
+			}
+		}
 	})
 	t.Run("refusals", func(t *testing.T) {
 		dead := newSpace(t, login)

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"patchbay/internal/netns"
 	"patchbay/internal/testbed"
 )
 
@@ -59,6 +60,12 @@ func miniRun() int {
 	spec := w.Spec
 	if len(spec.Env) == 0 {
 		spec.Env = nil
+	}
+	if pid, err := strconv.Atoi(os.Getenv(joinEnv)); err == nil {
+		os.Unsetenv(joinEnv)
+		if spec.Join, err = netns.OpenTarget(pid); err != nil {
+			return report(err)
+		}
 	}
 	t0 := time.Now()
 	p, err := Start(context.Background(), spec, Stdio{})

@@ -170,8 +170,8 @@ func (p *Process) run(died <-chan syscall.WaitStatus) {
 	}
 	p.sweep()
 	p.stops.stop()
-	if p.userN != nil {
-		_ = p.userN.Close()
+	if p.mark != nil {
+		_ = p.mark.Close()
 	}
 	p.mu.Lock()
 	switch r := p.report; {
@@ -243,12 +243,12 @@ func (p *Process) sweep() {
 		return
 	}
 	defer subreaper.release()
-	if p.userN == nil {
+	if p.mark == nil {
 		return
 	}
 	deadline := time.Now().Add(killGrace)
 	for time.Now().Before(deadline) {
-		orphans := ownOrphans(int(p.userN.Fd()))
+		orphans := ownOrphans(int(p.mark.Fd()), p.markOf)
 		if len(orphans) == 0 {
 			return
 		}

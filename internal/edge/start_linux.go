@@ -33,7 +33,11 @@ type Process struct {
 	link  *link
 	pidns bool
 	grace time.Duration // killGrace
-	userN *os.File      // the container's user namespace, to tell its orphans
+
+	// mark is the namespace by which the container's orphans are told from other children of this process, and markOf its kind: "user" where the user namespace is the container's
+	// own, which none of it can leave; "mnt" where it is joined, and others may be in it.
+	mark   *os.File
+	markOf string
 
 	devices []*tap.Handle
 	notes   []string
@@ -99,8 +103,11 @@ func startWithin(ctx context.Context, spec Spec, std Stdio, grace time.Duration)
 		}
 	}
 	p := &Process{
-		link: l, pidns: spec.PID, grace: grace,
+		link: l, pidns: spec.PID, grace: grace, markOf: "user",
 		ready: make(chan struct{}), started: make(chan struct{}), ended: make(chan struct{}),
+	}
+	if spec.mode() == NetContainer {
+		p.markOf = "mnt"
 	}
 	died := make(chan syscall.WaitStatus, 1)
 	if err := p.spawn(&spec, std, sp[1], specFD, died); err != nil {
@@ -109,7 +116,7 @@ func startWithin(ctx context.Context, spec Spec, std Stdio, grace time.Duration)
 		return nil, err
 	}
 	sock.Close()
-	p.userN, _ = os.Open(fmt.Sprintf("/proc/%d/ns/user", p.pid))
+	p.mark, _ = os.Open(fmt.Sprintf("/proc/%d/ns/%s", p.pid, p.markOf))
 	stop := context.AfterFunc(ctx, func() { p.kill() })
 	err = p.takeDevices(len(spec.Interfaces))
 	if !stop() && ctx.Err() != nil {
@@ -120,8 +127,8 @@ func startWithin(ctx context.Context, spec Spec, std Stdio, grace time.Duration)
 		p.link.Close()
 		ws := <-died
 		p.sweep()
-		if p.userN != nil {
-			p.userN.Close()
+		if p.mark != nil {
+			p.mark.Close()
 		}
 		closeDevices(p.devices)
 		if errors.Is(err, io.EOF) {

@@ -83,15 +83,14 @@ func killTree(pid int) {
 	_ = syscall.Kill(pid, syscall.SIGKILL)
 }
 
-// ownOrphans are the children of this process that live in the user namespace behind userNS, or below it. A process of a container
-// cannot leave its user namespace, and no other child of this process is in there.
-func ownOrphans(userNS int) (out []int) {
-	want, err := nsID(userNS)
+// ownOrphans are the children of this process that live in the namespace behind mark, which is of the kind that /proc/PID/ns calls by name, or, if that is "user", below it.
+func ownOrphans(mark int, name string) (out []int) {
+	want, err := nsID(mark)
 	if err != nil {
 		return nil
 	}
 	for _, c := range children(os.Getpid()) {
-		fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/user", c), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/%s", c, name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		for err == nil {
 			id, ierr := nsID(fd)
 			if ierr == nil && id == want {

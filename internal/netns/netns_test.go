@@ -295,7 +295,7 @@ func TestTarget(t *testing.T) {
 	}
 	unshare := testbed.Tool(t, "unshare")
 	self, _ := os.Executable()
-	for _, as := range [][]string{{"-Urn"}, {"--map-current-user", "-n"}} {
+	for _, as := range [][]string{{"-Urn"}, {"--map-current-user", "-n"}, {"-Urn", unshare, "-Ur"}, {"-Urn", unshare, "--map-current-user"}} {
 		c := testbed.AsOrdinaryUser(exec.Command("sh", "-c", unshare+" "+strings.Join(as, " ")+` sleep 100 & pid=$!
 while ! grep -q '^sleep$' /proc/$pid/comm; do :; done
 NETNS_TEST_PID=$pid "$@"; code=$?; kill $pid; exit $code`, "sh", self, "-test.run=^TestTarget$", "-test.v"))
@@ -329,20 +329,39 @@ func insideTarget(t *testing.T, ref string) {
 	}
 	id, err := tgt.Start(Command{
 		Path:  "/bin/sh",
-		Args:  []string{"sh", "-c", `readlink /proc/self/ns/net; readlink /proc/self/ns/user; ip link set lo mtu 1234 && cat /sys/class/net/lo/mtu >/dev/null; ip -o link show lo; readlink /proc/self/fd/3 || echo none; readlink /proc/self/fd/4; exit 6`},
+		Args:  []string{"sh", "-c", `readlink /proc/self/ns/net; readlink /proc/self/ns/user; ip link set lo mtu 1234 && cat /sys/class/net/lo/mtu >/dev/null; ip -o link show lo; grep CapEff /proc/self/status; readlink /proc/self/fd/3 || echo none; readlink /proc/self/fd/4; exit 6`},
 		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
 		Files: []int{int(extra.Fd()), int(out.Fd()), int(out.Fd()), -1, int(extra.Fd())},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
+	runtime.KeepAlive(extra)
 	var ws syscall.WaitStatus
 	if _, err := syscall.Wait4(id, &ws, 0, nil); err != nil || ws.ExitStatus() != 6 {
 		t.Errorf("wait: %v, status %d", err, ws.ExitStatus())
 	}
 	b, _ := os.ReadFile(out.Name())
 	netNS, _ := os.Readlink("/proc/" + ref + "/ns/net")
-	userNS, _ := os.Readlink("/proc/" + ref + "/ns/user")
+	// That of the network, which the process may be below.
+	f, err := os.Open("/proc/" + ref + "/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	owner, err := ownerOf(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer owner.Close()
+	userNS, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(int(owner.Fd())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "CapEff:\t")
+	if caps, _ := strconv.ParseUint(strings.SplitN(rest, "\n", 2)[0], 16, 64); caps&(1<<unix.CAP_NET_ADMIN) == 0 || caps&(1<<unix.CAP_NET_RAW) == 0 {
+		t.Errorf("capabilities %x", caps)
+	}
 	if !strings.HasPrefix(string(b), netNS+"\n"+userNS+"\n") || !strings.Contains(string(b), "mtu 1234") || !strings.HasSuffix(string(b), "none\n/dev/null\n") {
 		t.Errorf("output:\n%s\nwant %s and %s", b, netNS, userNS)
 	}

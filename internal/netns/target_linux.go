@@ -18,8 +18,7 @@ type Target struct {
 	pid       int    // 0 when it was opened by its path
 	name      string // for errors
 	user, net *os.File
-	uts       *os.File // nil when it was opened by its path
-	own       bool     // the user namespace is the caller's own
+	home, uts *os.File // the process's own user and UTS namespace; nil when it was opened by its path
 }
 
 // OpenTarget opens the namespaces of the process pid. They stay open when the process ends.
@@ -29,20 +28,33 @@ func OpenTarget(pid int) (*Target, error) {
 		return nil, fmt.Errorf("%s: %w: give the id of a running process", what, ErrNoProcess)
 	}
 	t := &Target{pid: pid, name: fmt.Sprintf("process %d", pid)}
+	for _, ns := range []struct {
+		name string
+		file **os.File
+	}{{"user", &t.home}, {"net", &t.net}, {"uts", &t.uts}} {
+		f, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", pid, ns.name))
+		if err != nil {
+			t.Close()
+			return nil, explainPID(what, pid, err)
+		}
+		*ns.file = f
+	}
+	// The process may be in a user namespace below the one that its network belongs to. An owner that is above the caller's cannot be opened; Start then says what is wrong.
 	var err error
-	if t.user, err = os.Open(fmt.Sprintf("/proc/%d/ns/user", pid)); err != nil {
-		return nil, explainPID(what, pid, err)
+	if t.user, err = ownerOf(t.net); err != nil {
+		t.user = t.home
 	}
-	if t.net, err = os.Open(fmt.Sprintf("/proc/%d/ns/net", pid)); err != nil {
-		t.Close()
-		return nil, explainPID(what, pid, err)
-	}
-	if t.uts, err = os.Open(fmt.Sprintf("/proc/%d/ns/uts", pid)); err != nil {
-		t.Close()
-		return nil, explainPID(what, pid, err)
-	}
-	t.own = isOwn(t.user)
 	return t, nil
+}
+
+// ownerOf opens the user namespace that a namespace belongs to.
+func ownerOf(ns *os.File) (*os.File, error) {
+	fd, err := unix.IoctlRetInt(int(ns.Fd()), unix.NS_GET_USERNS)
+	if err != nil {
+		return nil, err
+	}
+	unix.CloseOnExec(fd)
+	return os.NewFile(uintptr(fd), "user namespace of "+ns.Name()), nil
 }
 
 // OpenTargetPath opens the namespace that `ip netns` knows by the name, or that is at the path where ref has a slash, with the user namespace that owns it. They stay open when the path is no more.
@@ -56,24 +68,20 @@ func OpenTargetPath(ref string) (*Target, error) {
 		return nil, err
 	}
 	t := &Target{name: "network namespace " + ref, net: os.NewFile(uintptr(h.fd), ref)}
-	user, err := unix.IoctlRetInt(h.fd, unix.NS_GET_USERNS)
-	if err != nil {
+	if t.user, err = ownerOf(t.net); err != nil {
 		t.Close()
 		if errors.Is(err, unix.EPERM) {
 			return nil, fmt.Errorf("%s: %w: %w: it belongs to a user namespace that is not below yours; open it as the user it belongs to", t.name, ErrNotPermitted, err)
 		}
 		return nil, fmt.Errorf("%s: its user namespace: %w", t.name, err)
 	}
-	t.user = os.NewFile(uintptr(user), "user namespace of "+ref)
-	unix.CloseOnExec(user)
-	t.own = isOwn(t.user)
 	return t, nil
 }
 
-// isOwn reports whether user is the caller's own user namespace.
-func isOwn(user *os.File) bool {
+// isOwn reports whether ns, of the type that /proc/self/ns calls by name, is the caller's own.
+func isOwn(ns *os.File, name string) bool {
 	var mine, theirs unix.Stat_t
-	return unix.Stat("/proc/self/ns/user", &mine) == nil && unix.Fstat(int(user.Fd()), &theirs) == nil && mine.Dev == theirs.Dev && mine.Ino == theirs.Ino
+	return unix.Stat("/proc/self/ns/"+name, &mine) == nil && unix.Fstat(int(ns.Fd()), &theirs) == nil && mine.Dev == theirs.Dev && mine.Ino == theirs.Ino
 }
 
 // String is what the target was opened by, for errors.
@@ -88,7 +96,7 @@ func (t *Target) Net() (*Handle, error) { return FromFD(int(t.net.Fd())) }
 // Close gives the descriptors back. Idempotent.
 func (t *Target) Close() error {
 	var errs []error
-	for _, f := range []*os.File{t.user, t.net, t.uts} {
+	for _, f := range []*os.File{t.user, t.net, t.home, t.uts} {
 		if f != nil {
 			if err := f.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 				errs = append(errs, err)
@@ -104,8 +112,9 @@ type Command struct {
 	Args  []string // with Args[0]
 	Env   []string
 	Files []int // become descriptors 0, 1, 2, … of the new process; -1 is closed. Others are inherited unless close-on-exec.
-	// Guest puts it into the target's UTS namespace too, and into a mount namespace of its own: a command that lives in a container, and not one that
-	// only works on its network. The target must have been opened by a process id.
+	// Guest puts it into the process's user and UTS namespace, and into a mount namespace of its own, with the limit of open files that the caller was started with: a
+	// command that lives in a container, and not one that only works on its network. Where the UTS namespace is the caller's own it gets a copy. The target must have
+	// been opened by a process id.
 	Guest bool
 }
 
@@ -114,13 +123,13 @@ const (
 	stepUser = 1 + iota
 	stepNet
 	stepUTS
-	stepMount
+	stepUnshare
 	stepCaps
 	stepFiles
 	stepExec
 )
 
-// Start executes a program inside the target's user and network namespaces, with CAP_SYS_ADMIN, CAP_NET_ADMIN and CAP_SETPCAP over them
+// Start executes a program inside the target's user and network namespaces, with CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_NET_RAW and CAP_SETPCAP over them
 // whatever user it is there, and in the caller's other namespaces. It returns the id of a child, which the caller waits for. The
 // calling user must own the target's user namespace, as the one who started the container does.
 func (t *Target) Start(c Command) (pid int, err error) {
@@ -137,14 +146,20 @@ func (t *Target) Start(c Command) (pid int, err error) {
 		return 0, err
 	}
 	p := child{argv0: argv0, argv: &argv[0], envv: &envv[0], user: -1, net: int(t.net.Fd()), uts: -1, files: append([]int(nil), c.Files...)}
+	user := t.user
 	if c.Guest {
 		if t.uts == nil {
 			return 0, fmt.Errorf("%s: it was named by no process, so nobody lives in it: name a process of the container", t.name)
 		}
-		p.uts, p.mount = int(t.uts.Fd()), true
+		user, p.unshare, p.nofile = t.home, unix.CLONE_NEWNS, startLimit()
+		if isOwn(t.uts, "uts") {
+			p.unshare |= unix.CLONE_NEWUTS // it is no part of the container, whose root may not change it
+		} else {
+			p.uts = int(t.uts.Fd())
+		}
 	}
-	if !t.own {
-		p.user = int(t.user.Fd())
+	if !isOwn(user, "user") {
+		p.user = int(user.Fd())
 	}
 	for _, fd := range p.files {
 		p.above = max(p.above, fd+1, len(p.files))
@@ -194,7 +209,7 @@ func (t *Target) explain(step uint32, err syscall.Errno, path string) error {
 		return fmt.Errorf("enter the network namespace of %s: %w", t.name, err)
 	case stepUTS:
 		return fmt.Errorf("enter the UTS namespace of %s: %w", t.name, err)
-	case stepMount:
+	case stepUnshare:
 		return fmt.Errorf("make a mount namespace inside %s: %w", t.name, err)
 	case stepCaps:
 		return fmt.Errorf("keep rights in the user namespace of %s: %w", t.name, err)
@@ -209,14 +224,15 @@ type child struct {
 	argv0      *byte
 	argv, envv **byte
 	user, net  int
-	uts        int  // -1: stay
-	mount      bool // unshare it
+	uts        int     // -1: stay
+	unshare    uintptr // CLONE_NEW… of namespaces to make
 	files      []int
 	above      int // higher than any descriptor in files, and than any it becomes
 	pipe       int
 	report     [2]uint32
 	caps       unix.CapUserHeader
 	data       [2]unix.CapUserData
+	nofile     *unix.Rlimit // nil: leave it
 }
 
 // A Go without one of these names fails to link, and TestGoVersion fails on one that nobody has looked at. What was checked in the versions that
@@ -275,9 +291,9 @@ func forkInto(p *child) (pid int, errno syscall.Errno) {
 			goto fail
 		}
 	}
-	if p.mount {
-		p.report[0] = stepMount
-		if _, _, err1 = syscall.RawSyscall(unix.SYS_UNSHARE, unix.CLONE_NEWNS, 0, 0); err1 != 0 {
+	if p.unshare != 0 {
+		p.report[0] = stepUnshare
+		if _, _, err1 = syscall.RawSyscall(unix.SYS_UNSHARE, p.unshare, 0, 0); err1 != 0 {
 			goto fail
 		}
 	}
@@ -287,7 +303,7 @@ func forkInto(p *child) (pid int, errno syscall.Errno) {
 		if _, _, err1 = syscall.RawSyscall(unix.SYS_CAPGET, uintptr(unsafe.Pointer(&p.caps)), uintptr(unsafe.Pointer(&p.data[0])), 0); err1 != 0 {
 			goto fail
 		}
-		p.data[0].Inheritable |= 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_SETPCAP
+		p.data[0].Inheritable |= 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW | 1<<unix.CAP_SETPCAP
 		if _, _, err1 = syscall.RawSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&p.caps)), uintptr(unsafe.Pointer(&p.data[0])), 0); err1 != 0 {
 			goto fail
 		}
@@ -323,6 +339,9 @@ func forkInto(p *child) (pid int, errno syscall.Errno) {
 		if _, _, err1 = syscall.RawSyscall(unix.SYS_DUP3, uintptr(p.files[i]), uintptr(i), 0); err1 != 0 {
 			goto fail
 		}
+	}
+	if p.nofile != nil { // as package syscall does, without minding whether it works
+		_, _, _ = syscall.RawSyscall6(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, uintptr(unsafe.Pointer(p.nofile)), 0, 0, 0)
 	}
 	p.report[0] = stepExec
 	_, _, err1 = syscall.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(p.argv0)), uintptr(unsafe.Pointer(p.argv)), uintptr(unsafe.Pointer(p.envv)))
