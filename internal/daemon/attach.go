@@ -252,7 +252,6 @@ func (a *attachment) plug(h *tap.Handle) error {
 	}
 	a.reading(len(h.FDs))
 	if err := a.PlugTAP(h); err != nil {
-		h.Close()
 		return refuse(api.CodeInvalid, err)
 	}
 	err := a.up()
@@ -261,9 +260,18 @@ func (a *attachment) plug(h *tap.Handle) error {
 		err = a.Persist()
 	}
 	if err != nil {
+		if a.isGoing() { // and nobody may have been there to do that when it began to go
+			err = errors.Join(err, a.ClearPersist())
+		}
 		return errors.Join(err, a.Unplug())
 	}
 	return nil
+}
+
+func (a *attachment) isGoing() bool {
+	a.node.mu.Lock()
+	defer a.node.mu.Unlock()
+	return a.going
 }
 
 // up writes down that a is plugged, and watches over it.
@@ -353,8 +361,8 @@ func (a *attachment) end() {
 	}
 }
 
-// remove takes the attachment away, off the disk first: an interface that is left over without a record is a smaller evil than a record that brings back what was said to be gone.
-// Idempotent.
+// remove takes the attachment away. Its interface loses its persistence first, then it goes off the disk: a node that is killed in between leaves a record without an interface, which the
+// next one cleans up, and not an interface that nobody knows of. Idempotent.
 func (a *attachment) remove() error {
 	n, nw := a.node, a.network
 	n.mu.Lock()
@@ -367,13 +375,14 @@ func (a *attachment) remove() error {
 	publishes := slices.Clone(a.publishes)
 	a.since = time.Time{}
 	n.mu.Unlock()
-	a.disk.Lock()
-	err := n.state.remove(attachmentBucket, attachmentKey(nw.rec.Name, a.Name()))
-	a.disk.Unlock()
-	if err == nil && a.lifetime == api.LifetimeNamespace {
-		err = a.ClearPersist() // so that the interface goes with its last descriptor
+	var err error
+	if a.lifetime == api.LifetimeNamespace {
+		err = a.ClearPersist()
 		a.forgetLeft()
 	}
+	a.disk.Lock()
+	err = errors.Join(err, n.state.remove(attachmentBucket, attachmentKey(nw.rec.Name, a.Name())))
+	a.disk.Unlock()
 	err = errors.Join(err, a.Close())
 	a.serving.Wait()
 	a.reading(0)

@@ -243,12 +243,13 @@ func (a *Attachment) Unpublish(p *nat.Published) error {
 	return p.Close()
 }
 
-// PlugTAP plugs a TAP or packet socket that was opened inside the container. It takes over the descriptors of h when it succeeds.
+// PlugTAP plugs a TAP or packet socket that was opened inside the container. It takes the descriptors of h over, on error too.
 func (a *Attachment) PlugTAP(h *tap.Handle) error {
 	dev, err := tap.New(tap.Config{Info: h.Info, FDs: h.FDs})
 	if err != nil {
-		return err
+		return errors.Join(err, h.Close())
 	}
+	h.FDs = nil // they are the device's, and closed with it: a second close could meet somebody else's
 	return a.plug(dev, h.Info, func(l *link, ctx context.Context) error { return a.serveTAP(ctx, l, dev) })
 }
 
@@ -306,6 +307,11 @@ func (a *Attachment) plug(dev Device, info tap.Info, serve func(*link, context.C
 	n := a.network
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if d, ok := dev.(*tap.Device); ok && a.mortal { // of an earlier process, which has let it persist
+		if err := d.SetPersist(false); err != nil {
+			return errors.Join(err, dev.Close())
+		}
+	}
 	if a.closed || a.link != nil {
 		return errors.Join(fmt.Errorf("attachment %q on network %q: it is being detached, or plugged already", a.name, n.cfg.Name), dev.Close())
 	}
