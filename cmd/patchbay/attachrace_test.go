@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"patchbay/internal/api"
 	"patchbay/internal/netns"
 	"patchbay/internal/testbed"
 )
@@ -128,4 +129,115 @@ func TestAttachIsKilled(t *testing.T) {
 		}
 	}
 	t.Logf("%d of %d were whole", whole, tries)
+}
+
+// TestDaemonIsKilledUnderChanges kills the daemon while attachments are made and taken away: what was answered holds in the next one, what was not is whole or not at all, and
+// nothing is left in the namespace or of the leases.
+func TestDaemonIsKilledUnderChanges(t *testing.T) {
+	testbed.Leaks(t)
+	rounds := 12
+	if testing.Short() {
+		rounds = 3
+	}
+	d := startDaemonWithLogin(t)
+	s := newSpace(t, d.login)
+	d.do("network", "create", "tight", "--subnet", "10.66.0.0/27")
+	const many = 6
+	for round := range rounds {
+		var mu sync.Mutex
+		there, gone := map[string]bool{}, map[string]bool{} // what was answered
+		var wg sync.WaitGroup
+		for i := range many {
+			wg.Go(func() {
+				name := fmt.Sprintf("r%dn%d", round, i)
+				port := fmt.Sprintf("%d:80", 9000+i)
+				if d.command("attach", "tight", "--pid", fmt.Sprint(s.pid), "--name", name, "-p", port).Run() != nil {
+					return
+				}
+				mu.Lock()
+				there[name] = true
+				mu.Unlock()
+				if i%2 == 0 {
+					return
+				}
+				mu.Lock()
+				delete(there, name)
+				mu.Unlock()
+				if d.command("detach", name).Run() == nil {
+					mu.Lock()
+					gone[name] = true
+					mu.Unlock()
+				}
+			})
+		}
+		time.Sleep(time.Duration(50+rand.IntN(400)) * time.Millisecond)
+		d.end(unix.SIGKILL)
+		wg.Wait()
+		d.start()
+		// Waiting ones come up or vanish.
+		settled := func() bool {
+			as, err := d.client().Attachments(t.Context(), "")
+			if err != nil {
+				return false
+			}
+			known := map[string]bool{}
+			for _, a := range as {
+				if a.State != api.StateUp || gone[a.Name] {
+					return false
+				}
+				known[a.Name] = true
+			}
+			for name := range there {
+				if !known[name] {
+					return false
+				}
+			}
+			return slices.Equal(s.ifnames(), d.attached(s))
+		}
+		if !testbed.Wait(10*time.Second, settled) {
+			t.Fatalf("round %d: attached for certain: %v, detached for certain: %v; inside are %v:\n%s", round, there, gone, s.ifnames(), d.do("ps"))
+		}
+		for _, a := range must(d.client().Attachments(t.Context(), "")) {
+			if len(a.Publish) != 1 || a.Publish[0].Error != "" {
+				t.Errorf("round %d: ports of %s: %+v", round, a.Name, a.Publish)
+			}
+			d.do("detach", a.Name)
+		}
+		if left := s.ifnames(); len(left) > 0 {
+			t.Fatalf("round %d: left inside: %v", round, left)
+		}
+	}
+	// Every address of the subnet can be had, so no lease was left behind: network, gateway, host alias and broadcast take four.
+	for i := range 28 {
+		d.do("attach", "tight", "--pid", fmt.Sprint(s.pid), "--name", fmt.Sprintf("all%d", i))
+	}
+	d.refused([]string{"attach", "tight", "--pid", fmt.Sprint(s.pid), "--name", "one-too-many"}, "tight")
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+// TestDetachRightAfterRestart holds that a detach takes an interface away which the new daemon has not opened yet.
+func TestDetachRightAfterRestart(t *testing.T) {
+	testbed.Leaks(t)
+	const many = 8
+	d := startDaemonWithLogin(t)
+	s := newSpace(t, d.login)
+	for round := range 4 {
+		var names []string
+		for i := range many {
+			names = append(names, fmt.Sprintf("r%dn%d", round, i))
+			d.do("attach", "default", "--pid", fmt.Sprint(s.pid), "--name", names[i])
+		}
+		d.end(unix.SIGKILL)
+		d.start()
+		d.do(append([]string{"detach"}, names...)...)
+		if !testbed.Wait(10*time.Second, func() bool { return len(s.ifnames()) == 0 }) {
+			t.Fatalf("round %d: left inside: %v; the daemon has\n%s", round, s.ifnames(), d.do("ps"))
+		}
+	}
 }
