@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"patchbay/internal/api"
 	"patchbay/internal/testbed"
 )
@@ -412,4 +414,67 @@ func reusePID(t *testing.T, login *testbed.Login, pid int) *space {
 	}
 	t.Fatalf("pid %d is not given again", pid)
 	return nil
+}
+
+// TestAttachNamed attaches namespaces that `ip netns` has made, as root does: by name, with and without processes in them.
+func TestAttachNamed(t *testing.T) {
+	testbed.Leaks(t)
+	testbed.RequireTUN(t)
+	ip := testbed.Tool(t, "ip")
+	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=755"); err != nil {
+		testbed.Lacking(t, "cannot mount a /run for ip netns: %v", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount("/run", unix.MNT_DETACH) })
+	run := func(args ...string) string {
+		t.Helper()
+		out, err := exec.Command(ip, args...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("ip %s: %v: %s", strings.Join(args, " "), err, out)
+		}
+		return string(out)
+	}
+	d := (&daemonProc{t: t, plain: true}).begin()
+	for _, name := range []string{"blue", "green"} {
+		run("netns", "add", name)
+		d.do("attach", "default", "--netns", name, "--name", name)
+	}
+	green := d.inspect("default", "green")
+	run("netns", "exec", "blue", "ping", "-n", "-c1", "-W5", green.Addrs[0].String())
+	if green.NetNS != "/run/netns/green" {
+		t.Errorf("green is at %q", green.NetNS)
+	}
+	// A namespace that has a name needs no process, also over a crash.
+	d.end(syscall.SIGKILL)
+	d.start()
+	testbed.Eventually(t, 10*time.Second, func() bool { return d.up("blue") && d.up("green") })
+	run("netns", "exec", "blue", "ping", "-n", "-c1", "-W5", green.Addrs[0].String())
+	// Without its name it lives on while a process is in it.
+	stays := exec.Command(ip, "netns", "exec", "green", testbed.Tool(t, "sleep"), "1000000")
+	if err := stays.Start(); err != nil {
+		t.Fatal(err)
+	}
+	end := func() {
+		if stays.ProcessState == nil {
+			_ = stays.Process.Kill() // Wait tells of nothing else
+			_ = stays.Wait()
+		}
+	}
+	t.Cleanup(end)
+	testbed.Eventually(t, 10*time.Second, func() bool {
+		return strings.TrimSpace(run("netns", "pids", "green")) == fmt.Sprint(stays.Process.Pid)
+	})
+	run("netns", "delete", "blue")
+	run("netns", "delete", "green")
+	d.gone("blue")
+	if !d.up("green") {
+		t.Error("green is gone although a process is in it")
+	}
+	end()
+	d.gone("green")
+	// A new one of that name is another one.
+	run("netns", "add", "blue")
+	t.Cleanup(func() { run("netns", "delete", "blue") })
+	d.do("attach", "default", "--netns", "blue", "--name", "blue")
+	d.do("detach", "blue")
+	d.refused([]string{"attach", "default", "--netns", "green"}, "green", "ip netns")
 }

@@ -86,6 +86,8 @@ func OpenPath(path string) (*Handle, error) {
 		switch {
 		case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 			return nil, fmt.Errorf("%s: %w: %w: open it as the user it belongs to", what, ErrNotPermitted, err)
+		case errors.Is(err, fs.ErrNotExist) && filepath.Dir(path) == NamedDir:
+			return nil, fmt.Errorf("%s: %w: see `ip netns list`, or give a process id or a path", what, err)
 		case errors.Is(err, fs.ErrNotExist):
 			return nil, fmt.Errorf("%s: %w: has its process ended?", what, err)
 		}
