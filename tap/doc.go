@@ -9,6 +9,10 @@
 // tries the offloads from the best set down, and yields descriptors and an Info; Configure sets addresses, routes, MTU and the sysctls
 // that keep router advertisements away, over netlink. The descriptors travel to the node over a unix socket, the Info beside them as JSON.
 //
+// A TAP ends with its last descriptor unless it is persistent; whoever holds a descriptor may change that (SetPersist), without rights over the namespace. So the node, and not
+// the edge, makes a TAP persistent. Open takes a persistent one over, as it is, by its name, and with several queues even joins one that somebody holds;
+// OpenConfig.New refuses both.
+//
 // New makes a Device of them in the node, which needs no privilege over any namespace. Serve, one goroutine a queue, reads until
 // the queue is empty or a batch is full and hands the batch to a frame.Sink at once: batches come from readiness, never from a timer.
 // Transmit is the way back: it writes each frame, header in front, after joining consecutive segments of a flow into superframes

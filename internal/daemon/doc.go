@@ -14,6 +14,7 @@
 //	                          start anew, connects to published ports are refused until the next node is there.
 //	the node is taken over    As above without the gap: the next node gets every TAP, every listening socket and every UDP socket, and the API's own
 //	                          (takeover.go). Connections through NAT are reset; NAT's UDP flows keep their ports.
+//	                          An interface that cannot be opened again at once is tried again; the attachment ends only when interface or namespace is no more.
 //	a container ends          Its attachments end, and their leases and ports are free: those of `run` at once, those of `attach` when the last process has left the
 //	                          namespace, within a second (ended.go). When it ends while no node runs, the next one sees that at its start.
 //	the machine restarts      Networks stay; attachments are gone with their namespaces.

@@ -258,10 +258,10 @@ func (n *Node) reopen(a *attachment) error {
 	a.reopening.Lock()
 	defer a.reopening.Unlock()
 	n.mu.Lock()
-	going := a.going
+	going, err := a.going, n.busy()
 	n.mu.Unlock()
-	if going {
-		return nil
+	if going || err != nil {
+		return err
 	}
 	h, err := a.openLeft()
 	if err == nil {

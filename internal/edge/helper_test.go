@@ -78,6 +78,9 @@ func miniRun() int {
 		return report(err)
 	}
 	t2 := time.Now()
+	if spec.Pause {
+		fmt.Println("paused")
+	}
 	st, err := p.Wait()
 	if os.Getenv("EDGE_TEST_TIMES") != "" {
 		fmt.Fprintln(os.Stderr, "start", t1.Sub(t0), "release", t2.Sub(t1), "wait", time.Since(t2))

@@ -90,3 +90,17 @@ func TestJoinSparesStrangers(t *testing.T) {
 		testbed.Eventually(t, 5*time.Second, func() bool { return len(processes("sleep\x00"+stranger)) == 0 })
 	}
 }
+
+// TestPause holds that a container without a COMMAND ends with a signal, as a COMMAND would.
+func TestPause(t *testing.T) {
+	for s, code := range map[syscall.Signal]int{syscall.SIGTERM: 143, syscall.SIGINT: 130} {
+		b := start(t, run(t, Spec{Net: NetNone, Pause: true, PID: s == syscall.SIGINT}))
+		b.expect("paused", 1)
+		if err := b.cmd.Process.Signal(s); err != nil {
+			t.Fatal(err)
+		}
+		if got := b.wait(); got != code {
+			t.Errorf("%v: status %d, want %d: %s", s, got, code, b.out.String())
+		}
+	}
+}

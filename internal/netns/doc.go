@@ -9,7 +9,11 @@
 // A user namespace is another matter: the kernel lets only a process with a single thread enter one, which a Go process never is.
 // Target.Start therefore forks, enters the namespaces in the child while it has one thread, and executes a program there: the
 // way `nsenter --user --net` does it, without needing that tool. `patchbay attach` re-executes itself like this, since inside the
-// target's user namespace it is privileged over the target's network namespace although it is nothing on the host.
+// user namespace that owns the target's network namespace it is privileged over that although it is nothing on the host. A process of the target may
+// live in a user namespace further down; only a Guest goes there.
+//
+// A namespace has no name that stays its own: pids, paths and inode numbers are used again. An Identity holds all of them, and the process's start time, and tells whether what
+// they lead to is what it was; while anybody keeps a descriptor of the namespace, of a TAP in it for instance, its inode number at least is nobody else's.
 //
 // # Ownership
 //
