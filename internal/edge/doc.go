@@ -64,6 +64,9 @@
 // since the TAP goes with its last descriptor. What remains when the edge process of a container that is joined is killed: descendants of COMMAND that have made
 // mount namespaces of their own.
 //
+// Looking for orphans is a race with their parents' ends: a process leaves its mount namespace before it leaves its children, and only then is a zombie. So the
+// parent looks until nothing changes.
+//
 // # Ownership
 //
 // The descriptors of Devices are the caller's. A Process owns the edge process and everything in the container; Wait or Close has seen

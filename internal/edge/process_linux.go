@@ -3,6 +3,7 @@ package edge
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"sync"
 	"syscall"
@@ -247,10 +248,17 @@ func (p *Process) sweep() {
 		return
 	}
 	deadline := time.Now().Add(killGrace)
+	var before []int
 	for time.Now().Before(deadline) {
-		orphans := ownOrphans(int(p.mark.Fd()), p.markOf)
-		if len(orphans) == 0 {
+		kids := children(os.Getpid())
+		orphans, dying := ownOrphans(kids, int(p.mark.Fd()), p.markOf)
+		// One that has ended since its parent was listed leaves its own children to this process: they show the next time.
+		if len(orphans) == 0 && !dying && slices.Equal(kids, before) {
 			return
+		}
+		before = kids
+		if dying {
+			time.Sleep(time.Millisecond)
 		}
 		for _, o := range orphans {
 			killTree(o)

@@ -2,6 +2,7 @@ package edge
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -83,14 +84,19 @@ func killTree(pid int) {
 	_ = syscall.Kill(pid, syscall.SIGKILL)
 }
 
-// ownOrphans are the children of this process that live in the namespace behind mark, which is of the kind that /proc/PID/ns calls by name, or, if that is "user", below it.
-func ownOrphans(mark int, name string) (out []int) {
+// ownOrphans are those of kids that live in the namespace behind mark, which is of the kind that /proc/PID/ns calls by name, or, if that is "user", below it. dying says that one
+// of the others is about to end: it has left its namespaces, all but the user namespace, and still has its children.
+func ownOrphans(kids []int, mark int, name string) (out []int, dying bool) {
 	want, err := nsID(mark)
 	if err != nil {
-		return nil
+		return nil, false
 	}
-	for _, c := range children(os.Getpid()) {
+	for _, c := range kids {
 		fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/%s", c, name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if errors.Is(err, unix.ENOENT) {
+			state, _, ok := procStat(c)
+			dying = dying || ok && state != 'Z' && state != 'X'
+		}
 		for err == nil {
 			id, ierr := nsID(fd)
 			if ierr == nil && id == want {
@@ -106,7 +112,7 @@ func ownOrphans(mark int, name string) (out []int) {
 			unix.Close(fd)
 		}
 	}
-	return out
+	return out, dying
 }
 
 func nsID(fd int) (id [2]uint64, err error) {
