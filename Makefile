@@ -36,6 +36,11 @@ test: deps build ## install what the tests use and run all of them
 race: deps build ## the concurrent rooms again, under the race detector
 	PATCHBAY_BIN=$(CURDIR)/$(BIN) GORACE=atexit_sleep_ms=0 CGO_ENABLED=1 go test -race -short -p 2 -timeout 15m $(RACE)
 
+SOAKTIME ?= 10m
+.PHONY: soak
+soak: deps build ## attach, detach, publish, kill and take over at random under traffic for SOAKTIME (10m), and look for what leaks
+	PATCHBAY_BIN=$(CURDIR)/$(BIN) SOAKTIME=$(SOAKTIME) REQUIRE_NETNS=1 go test -run '^TestSoak$$' -count 1 -v -timeout 2h ./cmd/patchbay
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (30s)
 	@script/fuzz $(FUZZTIME)

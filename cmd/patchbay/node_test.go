@@ -24,6 +24,8 @@ import (
 
 // daemonProc is a `patchbay daemon` of the test, run by an ordinary user, that can be killed and started again.
 type daemonProc struct {
+	once   sync.Once
+	cl     *api.Client
 	t      *testing.T
 	dir    string
 	args   []string
@@ -127,7 +129,11 @@ func (d *daemonProc) end(sig syscall.Signal) {
 	}
 }
 
-func (d *daemonProc) client() *api.Client { return api.NewClient(d.socket()) }
+// client is always the same one, so that the daemon is not left with a connection for each question.
+func (d *daemonProc) client() *api.Client {
+	d.once.Do(func() { d.cl = api.NewClient(d.socket()) })
+	return d.cl
+}
 
 // patchbay is the binary as the daemon's user starts it.
 func (d *daemonProc) patchbay(args ...string) *exec.Cmd {
