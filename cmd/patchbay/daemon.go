@@ -13,6 +13,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"patchbay/internal/api"
+	"patchbay/internal/config"
 	"patchbay/internal/daemon"
 )
 
@@ -95,7 +96,13 @@ func runDaemon(c *cli.Context) error {
 	cfg := daemon.Config{StateDir: dir, Version: version, ConfigFile: c.String("config"), Limits: limits, Logger: log}
 	var n *daemon.Node
 	var l *net.UnixListener
-	if c.Bool("takeover") {
+	takeover := c.Bool("takeover")
+	if takeover {
+		if cfg.ConfigFile != "" { // what is wrong with it is to be said while the other one is still there
+			if _, err := config.Load(cfg.ConfigFile); err != nil {
+				return err
+			}
+		}
 		n, l, err = daemon.TakeOver(ctx, cfg, path)
 	} else if l, err = api.Listen(path); err == nil {
 		if n, err = daemon.New(ctx, cfg); err != nil {
@@ -107,8 +114,10 @@ func runDaemon(c *cli.Context) error {
 	}
 	defer n.Close()
 	defer l.Close()
-	if err := configure(ctx, n, cfg.ConfigFile); err != nil {
+	if err := configure(ctx, n, cfg.ConfigFile); err != nil && !takeover {
 		return err
+	} else if err != nil { // there is no way back, and what is there is worth more than the configuration
+		log.Error("configuration is not applied; everything stays as it was", "reason", err)
 	}
 	go func() {
 		<-n.TakenOver()

@@ -490,7 +490,16 @@ func TestTakeoverFails(t *testing.T) {
 	testbed.Leaks(t)
 	d := startDaemon(t)
 	d.background("web", "--", "sleep", "1000")
-	cmd := patchbay(t, "daemon", "--socket", d.socket(), "--state-dir", filepath.Join(d.dir, "other"), "--takeover")
+	others := []*running{d.background("db", "--", "sleep", "1000"), d.background("mail", "--", "sleep", "1000")}
+	bad := filepath.Join(d.dir, "bad.yaml")
+	if err := os.WriteFile(bad, []byte("networks: 7\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := patchbay(t, "daemon", "--socket", d.socket(), "--state-dir", filepath.Join(d.dir, "state"), "--config", bad, "--takeover")
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "bad.yaml:1") {
+		t.Errorf("a bad configuration: %v: %s", err, out)
+	}
+	cmd = patchbay(t, "daemon", "--socket", d.socket(), "--state-dir", filepath.Join(d.dir, "other"), "--takeover")
 	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "keeps its state in") {
 		t.Errorf("another state directory: %v: %s", err, out)
 	}
@@ -516,5 +525,13 @@ func TestTakeoverFails(t *testing.T) {
 		return err == nil
 	}) {
 		t.Errorf("the daemon does not go on: %s", d.stderr)
+	}
+	// Those whose turn had not come are as they were too.
+	for i, name := range []string{"db", "mail"} {
+		if out, err := d.command("run", "--", "ping", "-c1", "-W5", name).CombinedOutput(); err != nil {
+			t.Errorf("%s: %s", name, out)
+		}
+		others[i].end()
+		d.gone(name)
 	}
 }

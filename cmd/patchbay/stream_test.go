@@ -142,6 +142,51 @@ func TestStream(t *testing.T) {
 	first.send(two)
 	own(d.shows(two), two)
 
+	// A takeover that fails leaves the machine where it was, one that works hands it on, with its connection. Nobody notices.
+	heard := func() bool { // whether what a container broadcasts arrives
+		before := d.inspect("default", "vm").Traffic
+		first.send(two)
+		return testbed.Wait(5*time.Second, func() bool { return d.inspect("default", "vm").Traffic.RxFrames > before.RxFrames })
+	}
+	successor, err := d.client().TakeOver(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for machines, end := 0, false; !end; {
+		p, fds, err := successor.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, fd := range fds {
+			syscall.Close(fd)
+		}
+		if p.Kind == api.PartMachine {
+			machines++
+		}
+		if end = p.Kind == api.PartEnd; end && machines != 1 {
+			t.Errorf("%d machines are handed over, want 1", machines)
+		}
+	}
+	successor.Close()
+	testbed.Eventually(t, 10*time.Second, func() bool { return strings.Contains(d.stderr.String(), "nobody took over") })
+	if d.shows(two); !heard() {
+		t.Error("after a takeover that failed the machine is not heard")
+	}
+	for i := range 2 {
+		old := d.cmd
+		d.launch("--takeover")
+		if err := old.Wait(); err != nil {
+			t.Fatalf("takeover %d: the old daemon: %v: %s", i, err, d.stderr)
+		}
+		own(d.shows(two), two)
+		if !heard() {
+			t.Fatalf("takeover %d: the machine is not heard", i)
+		}
+	}
+	if second := plugMachine(t, socket); !second.closed() {
+		t.Error("after a takeover a second machine is not refused")
+	}
+
 	// A detach takes the socket with it, and ends the machine's connection.
 	d.do("detach", "vm")
 	if !first.closed() {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"slices"
 	"time"
 
@@ -82,6 +83,13 @@ func (n *Node) listenStream(a *attachment, l *net.UnixListener, given *givenMach
 		}
 		for {
 			conn, err := l.AcceptUnix()
+			if errors.Is(err, os.ErrDeadlineExceeded) { // a takeover is under way
+				select {
+				case <-ctx.Done():
+				case <-time.After(50 * time.Millisecond):
+				}
+				continue
+			}
 			if err != nil {
 				if ctx.Err() == nil {
 					log.Error("virtual machine's socket", "error", err)

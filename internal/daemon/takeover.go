@@ -107,6 +107,7 @@ func (h *handing) attachment(a *attachment, send func(p api.Part, fds []int) err
 		if err != nil {
 			return err
 		}
+		_ = l.SetDeadline(time.Unix(1, 0)) // who connects now is the other node's; a listener that is closed has nobody
 		defer unix.Close(fd)
 		p := part
 		p.Kind = api.PartStream
@@ -191,6 +192,7 @@ func (h *handing) Resume() {
 			n.mu.Unlock()
 			if l != nil {
 				l.SetUnlinkOnClose(true)
+				_ = l.SetDeadline(time.Time{}) // as above
 			}
 			for _, p := range publishes {
 				if p.live != nil {

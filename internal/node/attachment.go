@@ -68,6 +68,7 @@ type link struct {
 	stopServe context.CancelFunc
 	stopPulls []func() // of a shared loop
 	serving   sync.WaitGroup
+	paused    bool
 	lost      chan struct{} // closed when the device ended by itself
 	loseOnce  sync.Once
 }
@@ -438,19 +439,21 @@ func (a *Attachment) Pause() (*tap.Handle, error) {
 	}
 	a.link.stopServe()
 	a.link.serving.Wait()
+	a.link.paused = true
 	if !ok {
 		return nil, nil
 	}
 	return &tap.Handle{Info: a.link.info, FDs: fds}, nil
 }
 
-// Continue reads again after Pause. It does nothing when the attachment is not plugged.
+// Continue reads again after Pause. It does nothing when the attachment is not paused.
 func (a *Attachment) Continue() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.link == nil {
+	if a.link == nil || !a.link.paused {
 		return nil
 	}
+	a.link.paused = false
 	ctx, stop := context.WithCancel(context.Background())
 	a.link.stopServe = stop
 	return a.link.serve(a.link, ctx)
