@@ -105,7 +105,7 @@ func newNode(ctx context.Context, cfg Config, from *inheritance) (_ *Node, err e
 			n.Close()
 		}
 	}()
-	if n.leases, err = store.New(n.state.db.Load(), leaseBucket); err != nil {
+	if n.leases, err = store.New(n.state.file, leaseBucket); err != nil {
 		return nil, err
 	}
 	if err := n.restore(ctx, from); err != nil {

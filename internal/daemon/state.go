@@ -1,12 +1,12 @@
 package daemon
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -15,6 +15,7 @@ import (
 	"patchbay/internal/api"
 	"patchbay/internal/netns"
 	"patchbay/internal/wire"
+	"patchbay/ipam/store"
 	"patchbay/tap"
 )
 
@@ -66,7 +67,7 @@ const (
 
 // state is the file that everything durable is in. A call that writes returns when it is on disk.
 type state struct {
-	db   atomic.Pointer[bbolt.DB]
+	file *store.File // leases are kept in it too, so all who write share one transaction
 	path string
 }
 
@@ -79,7 +80,7 @@ func openState(dir string) (*state, error) {
 		return nil, fmt.Errorf("state directory %s: %w; name one that you may write with --state-dir", dir, err)
 	}
 	path := filepath.Join(dir, "state.db")
-	s := &state{path: path}
+	s := &state{file: store.NewFile(nil), path: path}
 	if err := s.open(); err != nil {
 		return nil, err
 	}
@@ -96,7 +97,7 @@ func (s *state) open() error {
 	case err != nil:
 		return fmt.Errorf("state file %s: %w; if it is damaged, move it away and networks start anew", path, err)
 	}
-	s.db.Store(db)
+	s.file.Use(db)
 	if err := s.prepare(); err != nil {
 		db.Close()
 		return err
@@ -106,7 +107,7 @@ func (s *state) open() error {
 
 // prepare makes the buckets and checks the version.
 func (s *state) prepare() error {
-	return s.db.Load().Update(func(tx *bbolt.Tx) error {
+	return s.file.DB().Update(func(tx *bbolt.Tx) error {
 		for _, b := range [][]byte{networkBucket, attachmentBucket, metaBucket} {
 			if _, err := tx.CreateBucketIfNotExists(b); err != nil {
 				return fmt.Errorf("state file %s: %w", s.path, err)
@@ -130,7 +131,7 @@ func (s *state) prepare() error {
 	})
 }
 
-func (s *state) close() error { return s.db.Load().Close() }
+func (s *state) close() error { return s.file.DB().Close() }
 
 func attachmentKey(network, name string) string { return network + "/" + name }
 
@@ -140,8 +141,7 @@ func (s *state) put(bucket []byte, key string, rec any) error {
 	if err != nil {
 		return fmt.Errorf("state of %q: %w", key, err)
 	}
-	// Batch shares one fsync among those who come at once; its function may run twice.
-	if err := s.db.Load().Batch(func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Put([]byte(key), b) }); err != nil {
+	if err := s.file.Write(context.Background(), func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Put([]byte(key), b) }); err != nil {
 		return fmt.Errorf("state file %s: write %q: %w; is the disk full?", s.path, key, err)
 	}
 	return nil
@@ -149,7 +149,7 @@ func (s *state) put(bucket []byte, key string, rec any) error {
 
 // remove deletes one record. One that is not there is no error.
 func (s *state) remove(bucket []byte, key string) error {
-	if err := s.db.Load().Batch(func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Delete([]byte(key)) }); err != nil {
+	if err := s.file.Write(context.Background(), func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Delete([]byte(key)) }); err != nil {
 		return fmt.Errorf("state file %s: delete %q: %w; is the disk full?", s.path, key, err)
 	}
 	return nil
@@ -158,7 +158,7 @@ func (s *state) remove(bucket []byte, key string) error {
 // load reads everything. attachments are by network name.
 func (s *state) load() (networks []networkRecord, attachments map[string][]attachmentRecord, err error) {
 	attachments = make(map[string][]attachmentRecord)
-	err = s.db.Load().View(func(tx *bbolt.Tx) error {
+	err = s.file.DB().View(func(tx *bbolt.Tx) error {
 		if err := tx.Bucket(networkBucket).ForEach(func(k, v []byte) error {
 			var r networkRecord
 			if err := json.Unmarshal(v, &r); err != nil {

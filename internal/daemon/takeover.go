@@ -169,11 +169,7 @@ func (h *handing) Resume() {
 	n := h.n
 	var errs []error
 	if h.closed {
-		err := n.state.open()
-		if err == nil {
-			n.leases.Use(n.state.db.Load())
-		}
-		errs = append(errs, err)
+		errs = append(errs, n.state.open())
 	}
 	for _, nw := range n.sorted() {
 		n.mu.Lock()

@@ -1,14 +1,11 @@
 package store
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
-	"sync"
-	"sync/atomic"
 
 	"go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
@@ -18,21 +15,16 @@ import (
 
 // Bolt is an ipam.Store in a bbolt file.
 type Bolt struct {
-	db     atomic.Pointer[bbolt.DB]
+	file   *File
 	bucket []byte
-
-	mu     sync.Mutex
-	queue  []*change
-	commit sync.Mutex // of a transaction from its begin to the disk; who waits for it finds its own change done, or takes all that queued up meanwhile
 }
 
 var _ ipam.Store = (*Bolt)(nil)
 
 // New keeps pools in the bucket of that name, which is made if it is not there.
-func New(db *bbolt.DB, bucket string) (*Bolt, error) {
-	b := &Bolt{bucket: []byte(bucket)}
-	b.db.Store(db)
-	err := db.Update(func(tx *bbolt.Tx) error {
+func New(file *File, bucket string) (*Bolt, error) {
+	b := &Bolt{file: file, bucket: []byte(bucket)}
+	err := file.DB().Update(func(tx *bbolt.Tx) error {
 		_, err := tx.CreateBucketIfNotExists(b.bucket)
 		return err
 	})
@@ -42,15 +34,12 @@ func New(db *bbolt.DB, bucket string) (*Bolt, error) {
 	return b, nil
 }
 
-// Use goes on with db, the same file opened again.
-func (b *Bolt) Use(db *bbolt.DB) { b.db.Store(db) }
-
 // List implements ipam.Store. A record that cannot be read is an error that names its pool and address.
 func (b *Bolt) List(ctx context.Context, pool string) (rs []ipam.Record, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	err = b.db.Load().View(func(tx *bbolt.Tx) error {
+	err = b.file.DB().View(func(tx *bbolt.Tx) error {
 		p := tx.Bucket(b.bucket).Bucket([]byte(pool))
 		if p == nil {
 			return nil
@@ -149,55 +138,11 @@ func (b *Bolt) Drop(ctx context.Context, pool string) error {
 	})
 }
 
-// change is one writing, on its way to the disk.
-type change struct {
-	ctx   context.Context
-	f     func(outer *bbolt.Bucket) error // checks everything before it writes: when it fails, the others of its transaction are kept
-	taken bool                            // into a transaction, which is over when Bolt.commit is free
-	err   error
-}
-
-// errUnwritten is what a change has until its transaction is on disk.
-var errUnwritten = errors.New("the transaction did not end")
-
 // change runs f in a transaction that is on disk when it returns.
 func (b *Bolt) change(ctx context.Context, f func(outer *bbolt.Bucket) error) error {
-	c := &change{ctx: ctx, f: f, err: errUnwritten}
-	b.mu.Lock()
-	b.queue = append(b.queue, c)
-	b.mu.Unlock()
-
-	b.commit.Lock()
-	defer b.commit.Unlock()
-	if !c.taken {
-		b.write()
+	err := b.file.Write(ctx, func(tx *bbolt.Tx) error { return f(tx.Bucket(b.bucket)) })
+	if err != nil && !errors.Is(err, ipam.ErrConflict) {
+		return fmt.Errorf("leases: %w", err)
 	}
-	if c.err != nil && !errors.Is(c.err, ipam.ErrConflict) {
-		return fmt.Errorf("leases: %w", c.err)
-	}
-	return c.err
-}
-
-// write takes everything that is queued through one transaction. b.commit is held.
-func (b *Bolt) write() {
-	b.mu.Lock()
-	batch := b.queue
-	b.queue = nil
-	b.mu.Unlock()
-	for _, c := range batch {
-		c.taken = true
-	}
-	errs := make([]error, len(batch))
-	err := b.db.Load().Update(func(tx *bbolt.Tx) error {
-		outer := tx.Bucket(b.bucket)
-		for i, c := range batch {
-			if errs[i] = c.ctx.Err(); errs[i] == nil {
-				errs[i] = c.f(outer)
-			}
-		}
-		return nil
-	})
-	for i, c := range batch {
-		c.err = cmp.Or(errs[i], err)
-	}
+	return err
 }

@@ -1,4 +1,4 @@
-// Package store keeps the records of address pools where they outlive the process: [Bolt] in a file of this host.
+// Package store keeps the records of address pools where they outlive the process: [Bolt] in a file of this host, a [File] that others may keep their records in too.
 //
 // # Theory of operation
 //
@@ -10,12 +10,11 @@
 //
 // # Ownership
 //
-// The database is the caller's, who opens and closes it and may keep other buckets in it.
+// The database is the caller's, who opens and closes it and may keep other buckets in it; who writes to them does so through the same File.
 //
 // # Concurrency
 //
-// Bolt is safe for concurrent use. Its calls block on the disk; ctx is looked at
-// when the transaction begins; a change whose ctx ends later is written, and says so.
+// Bolt and File are safe for concurrent use. Their calls block on the disk; ctx is looked at when the transaction begins; a change whose ctx ends later is written, and says so.
 //
 // # References
 //

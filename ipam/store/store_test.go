@@ -44,7 +44,7 @@ func open(t *testing.T, path string) (*bbolt.DB, *store.Bolt) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { db.Close() })
-	s, err := store.New(db, "leases")
+	s, err := store.New(store.NewFile(db), "leases")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -271,13 +271,56 @@ func TestManyWritersShareTransactions(t *testing.T) {
 	}
 }
 
+// TestOneFailsAndTheOthersAreWritten holds that who shares a transaction with somebody whose writing fails is written, and that each is told its own.
+func TestOneFailsAndTheOthersAreWritten(t *testing.T) {
+	db, _ := open(t, filepath.Join(t.TempDir(), "db"))
+	f := store.NewFile(db)
+	tx, err := db.Begin(true) // so that they queue up
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := errors.New("refused")
+	var wg sync.WaitGroup
+	const writers = 20
+	for i := range writers {
+		wg.Go(func() {
+			err := f.Write(t.Context(), func(tx *bbolt.Tx) error {
+				if i%2 == 1 {
+					return refused
+				}
+				_, err := tx.CreateBucketIfNotExists(fmt.Appendf(nil, "b%d", i))
+				return err
+			})
+			if got, want := err, map[int]error{1: refused}[i%2]; got != want {
+				t.Errorf("writer %d is told %v, want %v", i, got, want)
+			}
+		})
+	}
+	time.Sleep(50 * time.Millisecond)
+	if err := tx.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+	wg.Wait()
+	err = db.View(func(tx *bbolt.Tx) error {
+		for i := range writers {
+			if there := tx.Bucket(fmt.Appendf(nil, "b%d", i)) != nil; there != (i%2 == 0) {
+				t.Errorf("writer %d: written %v", i, there)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // churn writes records as fast as it can, and says each address once it is acknowledged.
 func churn(path string) error {
 	db, err := bbolt.Open(path, 0o600, nil)
 	if err != nil {
 		return err
 	}
-	s, err := store.New(db, "leases")
+	s, err := store.New(store.NewFile(db), "leases")
 	if err != nil {
 		return err
 	}
@@ -358,7 +401,7 @@ func BenchmarkPoolLease(b *testing.B) {
 				b.Fatal(err)
 			}
 			b.Cleanup(func() { db.Close() })
-			s, err := store.New(db, "leases")
+			s, err := store.New(store.NewFile(db), "leases")
 			if err != nil {
 				b.Fatal(err)
 			}
