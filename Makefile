@@ -36,6 +36,10 @@ test: deps build ## install what the tests use and run all of them
 race: deps build ## the concurrent rooms again, under the race detector
 	PATCHBAY_BIN=$(CURDIR)/$(BIN) GORACE=atexit_sleep_ms=0 CGO_ENABLED=1 go test -race -short -p 2 -timeout 15m $(RACE)
 
+.PHONY: scale
+scale: ## what 500 attachments and 200 networks cost on one node
+	SCALE=full REQUIRE_NETNS=1 go test -run '^TestScale$$' -count 1 -v -timeout 30m ./internal/daemon
+
 SOAKTIME ?= 10m
 .PHONY: soak
 soak: deps build ## attach, detach, publish, kill and take over at random under traffic for SOAKTIME (10m), and look for what leaks
