@@ -111,7 +111,7 @@ func (s *soak) choose(calm bool) (string, func()) {
 		do   func()
 	}{
 		{"run", 6, s.run}, {"end", 4, s.end}, {"attach", 5, s.attach}, {"detach", 4, s.detach}, {"publish", 5, s.publish}, {"unpublish", 4, s.unpublish},
-		{"capture", 3, s.capture}, {"traffic", 6, s.traffic}, {"NAT", 4, s.nat}, {"kill a client", 2, s.killClient},
+		{"capture", 3, s.capture}, {"traffic", 6, s.traffic}, {"NAT", 4, s.nat}, {"kill a client", 2, s.killClient}, {"balance", 2, s.balance},
 		{"takeover", 2, s.d.takeOver}, {"kill", 2, func() { s.d.end(syscall.SIGKILL); s.d.start(); s.settle() }}, {"restart", 1, func() { s.d.end(syscall.SIGTERM); s.d.start(); s.settle() }},
 	}
 	if calm {
@@ -314,9 +314,33 @@ func (s *soak) footprint() (f footprint) {
 	return f
 }
 
+// balance looks at every port there is: what came in has been delivered, flooded or dropped, and nothing twice. Frames that are on their way while it looks settle.
+func (s *soak) balance() {
+	s.t.Helper()
+	var wrong string
+	if !testbed.Wait(20*time.Second, func() bool {
+		nets, err := s.d.client().Networks(s.t.Context())
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		wrong = ""
+		for _, n := range nets {
+			for _, p := range n.Ports {
+				if p.RxFrames != p.Unicast+p.Flooded+p.Dropped {
+					wrong += fmt.Sprintf("network %s, port %s: %d frames received, %d unicast + %d flooded + %d dropped; ", n.Name, p.Name, p.RxFrames, p.Unicast, p.Flooded, p.Dropped)
+				}
+			}
+		}
+		return wrong == ""
+	}) {
+		s.t.Errorf("counters out of balance: %s", wrong)
+	}
+}
+
 // finish ends everything and looks at what is left.
 func (s *soak) finish(fresh footprint) {
 	t, d := s.t, s.d
+	s.balance() // while the ports are there: the counters of one that has gone cannot be asked for
 	for len(s.running) > 0 {
 		s.end()
 	}
@@ -340,13 +364,7 @@ func (s *soak) finish(fresh footprint) {
 	}) {
 		t.Errorf("attachments, flows or ports are left: %+v", nets)
 	}
-	for _, n := range nets {
-		for _, p := range n.Ports {
-			if p.RxFrames != p.Unicast+p.Flooded+p.Dropped {
-				t.Errorf("network %s: port %s: %d frames received = %d unicast + %d flooded + %d dropped?", n.Name, p.Name, p.RxFrames, p.Unicast, p.Flooded, p.Dropped)
-			}
-		}
-	}
+	s.balance()
 	for i, sp := range s.spaces {
 		if l := sp.links(); strings.Contains(l, "eth") {
 			t.Errorf("interfaces are left in namespace %d: %s", i, l)
