@@ -155,25 +155,15 @@ func removePods(c *cli.Context, client *api.Client) error {
 // detachedEnv tells a `run` that it is in the background: the number of the descriptor where it says that its command runs, or why not.
 const detachedEnv = "PATCHBAY_DETACHED_FD"
 
-// detach starts this program once more in the background with args, waits until its command runs and prints the name that it has. What the command writes goes to log, or nowhere.
+// detach starts this program once more in the background with args, which may say --detach again (where a command line ends and another begins only its parser knows), waits until its command runs and prints the name that it has. What the command writes goes to log, or nowhere.
 func detach(ctx context.Context, args []string, log string, out io.Writer) error {
-	var kept []string
-	for i, a := range args {
-		if a == "--" {
-			kept = append(kept, args[i:]...)
-			break
-		}
-		if a != "--detach" && a != "-detach" && a != "-d" {
-			kept = append(kept, a)
-		}
-	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer r.Close()
 	defer w.Close()
-	cmd := exec.Command("/proc/self/exe", kept...)
+	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), detachedEnv+"=3")
 	cmd.ExtraFiles = []*os.File{w}
@@ -235,6 +225,9 @@ func openBackground() *detachedEnd {
 	unix.CloseOnExec(3)
 	return &detachedEnd{f: os.NewFile(3, "background")}
 }
+
+// is reports whether this process is in the background already, and has not said how it went.
+func (b *detachedEnd) is() bool { return b.f != nil }
 
 // up says that the command runs.
 func (b *detachedEnd) up(name string) { b.say("up " + name) }

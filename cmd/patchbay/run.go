@@ -71,7 +71,7 @@ failure of patchbay itself, 126 a COMMAND that cannot be executed, 127 one that 
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log state changes to standard error"},
 		},
 		Action: func(c *cli.Context) error {
-			if c.Bool("detach") {
+			if c.Bool("detach") && !backgroundOf(c).is() {
 				if err := detach(c.Context, os.Args[1:], c.String("log"), c.App.Writer); err != nil {
 					return fmt.Errorf("run: %w", err)
 				}
