@@ -57,6 +57,8 @@ func recvLine(c *net.UnixConn, v any) (fds []int, err error) {
 		switch {
 		case rerr != nil:
 			return fds, rerr
+		case flags&unix.MSG_CTRUNC != 0 && len(fds) < MaxQueues:
+			return fds, fmt.Errorf("%d descriptors have come, and those behind them are lost: this process may open no more; raise its limit of open files (ulimit -n)", len(fds))
 		case flags&unix.MSG_CTRUNC != 0 || len(fds) > MaxQueues:
 			return fds, fmt.Errorf("more than %d descriptors", MaxQueues)
 		case n == 0 && len(line) == 0:

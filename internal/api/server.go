@@ -17,6 +17,7 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -46,6 +47,7 @@ type Server struct {
 	log     *slog.Logger
 	mux     *http.ServeMux
 	metrics http.Handler
+	handing atomic.Bool // to a successor, or handed over
 }
 
 // NewServer makes a Server. It holds nothing that has to be closed.

@@ -122,6 +122,12 @@ func (s *Server) takeover(w http.ResponseWriter, r *http.Request) error {
 		return errEnding()
 	}
 	defer run.sessions.Done()
+	// One at a time: one that fails makes the socket this node's own again, which is to remove it when it ends.
+	if !s.handing.CompareAndSwap(false, true) {
+		return Errorf(CodeUnavailable, "try again in a moment", "another node is taking this one over")
+	}
+	done := false
+	defer func() { s.handing.Store(done) }() // for good, once it has been taken over
 	conn, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		return fmt.Errorf("take the connection from HTTP: %w", err)
@@ -138,6 +144,7 @@ func (s *Server) takeover(w http.ResponseWriter, r *http.Request) error {
 		s.log.Warn("nobody took over", "reason", err)
 		return nil
 	}
+	done = true
 	s.log.Info("taken over", "pid", peerOf(r).PID)
 	<-run.ending // the successor waits for this process's end
 	return nil
