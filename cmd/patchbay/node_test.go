@@ -535,3 +535,71 @@ func TestTakeoverFails(t *testing.T) {
 		d.gone(name)
 	}
 }
+
+// TestTakeoversAtOnce holds that of several successors one serves, and that the others leave it the socket.
+func TestTakeoversAtOnce(t *testing.T) {
+	testbed.Leaks(t)
+	d := startDaemon(t)
+	d.background("web", "--", "sleep", "1000")
+	var others []*exec.Cmd
+	winner, old := make(chan *exec.Cmd, 3), d.cmd
+	for range 3 {
+		d.launch("--takeover")
+		others = append(others, d.cmd)
+	}
+	if err := old.Wait(); err != nil {
+		t.Fatalf("the old daemon: %v: %s", err, d.stderr)
+	}
+	losers := make(chan error, len(others))
+	for _, c := range others {
+		go func() {
+			err := c.Wait()
+			losers <- err
+			winner <- c
+		}()
+	}
+	for range len(others) - 1 { // each of which takes over what the last one has, or is refused
+		<-losers
+	}
+	if !testbed.Wait(10*time.Second, func() bool { return d.client().Health(t.Context()) == nil }) {
+		t.Errorf("nobody answers at the socket: %s", d.stderr)
+	}
+	d.do("run", "--", "ping", "-c1", "-W5", "web")
+	for range len(others) - 1 {
+		<-winner
+	}
+	for _, c := range others {
+		_ = c.Process.Signal(syscall.SIGTERM) // but for one they have ended
+	}
+	if err := <-losers; err != nil {
+		t.Errorf("the last daemon: %v: %s", err, d.stderr)
+	}
+	<-winner
+}
+
+// TestTakeoverConfig holds that a successor with a bad configuration leaves the daemon that is there alone, and that one whose configuration cannot be applied goes on without.
+func TestTakeoverConfig(t *testing.T) {
+	testbed.Leaks(t)
+	d := startDaemon(t)
+	d.background("web", "--", "sleep", "1000")
+	file := filepath.Join(d.dir, "lab.yaml")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("networks:\n  lab:\n    mtoo: 1400\n")
+	cmd := patchbay(t, "daemon", "--socket", d.socket(), "--state-dir", filepath.Join(d.dir, "state"), "--takeover", "--config", file)
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "mtoo") {
+		t.Errorf("a bad file: %v: %s", err, out)
+	}
+	d.do("run", "--", "ping", "-c1", "-W5", "web")
+	write("networks:\n  default:\n    mtu: 1400\n") // web is in the way
+	d.args = []string{"--config", file}
+	d.takeOver()
+	d.do("run", "--", "ping", "-c1", "-W5", "web")
+	if !strings.Contains(d.stderr.String(), "is in use by web") {
+		t.Errorf("the daemon does not say that the file is not applied: %s", d.stderr)
+	}
+}

@@ -89,6 +89,9 @@ func New(ctx context.Context, cfg Config) (*Node, error) { return newNode(ctx, c
 
 // newNode is New that goes on with what another node has handed over, if it is not nil.
 func newNode(ctx context.Context, cfg Config, from *inheritance) (_ *Node, err error) {
+	if cfg.StateDir, err = filepath.Abs(cfg.StateDir); err != nil {
+		return nil, fmt.Errorf("state directory %q: %w; name an absolute one with --state-dir", cfg.StateDir, err)
+	}
 	cfg.MaxNetworks = cmp.Or(cfg.MaxNetworks, DefaultMaxNetworks)
 	cfg.MaxAttachments = cmp.Or(cfg.MaxAttachments, DefaultMaxAttachments)
 	n := &Node{cfg: cfg, log: cfg.Logger, started: time.Now(), networks: make(map[string]*network), publishes: make(map[string]*publish), takenOver: make(chan struct{})}
@@ -133,13 +136,15 @@ func (n *Node) Close() error {
 	}
 	n.closed = true
 	nets := slices.Collect(maps.Values(n.networks))
+	var as []*attachment
+	for _, nw := range nets {
+		as = slices.AppendSeq(as, maps.Values(nw.attachments)) // a detach that began before may still take some away
+	}
 	n.mu.Unlock()
 	n.cancel()
 	n.background.Wait()
-	for _, nw := range nets {
-		for _, a := range nw.attachments { // nobody adds any more
-			a.serving.Wait()
-		}
+	for _, a := range as {
+		a.serving.Wait()
 	}
 	var errs []error
 	for _, nw := range nets {

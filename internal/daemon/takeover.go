@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -401,7 +402,7 @@ func TakeOver(ctx context.Context, cfg Config, socket string) (*Node, *net.UnixL
 	if err != nil {
 		return nil, nil, err
 	}
-	if info.StateDir != cfg.StateDir {
+	if !sameDir(info.StateDir, cfg.StateDir) {
 		return nil, nil, api.Errorf(api.CodeInvalid, "give --state-dir "+info.StateDir, "the node at %s keeps its state in %s, not in %s", socket, info.StateDir, cfg.StateDir)
 	}
 	s, err := client.TakeOver(ctx)
@@ -430,6 +431,13 @@ func TakeOver(ctx context.Context, cfg Config, socket string) (*Node, *net.UnixL
 	}
 	n.resetOrphans()
 	return n, l, nil
+}
+
+// sameDir reports whether the directory of another process is the one that this process calls own. A relative path says nothing: that process may run elsewhere.
+func sameDir(theirs, own string) bool {
+	a, err := os.Stat(theirs)
+	b, berr := os.Stat(own)
+	return filepath.IsAbs(theirs) && err == nil && berr == nil && os.SameFile(a, b)
 }
 
 // resetOrphans ends the connections through NAT that the other node had.
