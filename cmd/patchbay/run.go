@@ -109,6 +109,11 @@ func run(c *cli.Context) error {
 			return err
 		}
 		if spec.Net == edge.NetContainer {
+			for _, f := range []string{"name", "hostname"} {
+				if c.IsSet(f) {
+					return fmt.Errorf("--%s has no meaning with --net %s, whose name and host name are the container's; leave it out", f, c.String("net"))
+				}
+			}
 			t, err := joinTarget(ctx, c, &spec)
 			if err != nil {
 				return err
