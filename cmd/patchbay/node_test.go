@@ -503,6 +503,10 @@ func TestTakeoverFails(t *testing.T) {
 	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "keeps its state in") {
 		t.Errorf("another state directory: %v: %s", err, out)
 	}
+	half, err := d.client().Attach(t.Context(), "default", api.AttachmentSpec{Name: "half", Lifetime: api.LifetimeNamespace, PID: os.Getpid()})
+	if err != nil {
+		t.Fatal(err)
+	}
 	s, err := d.client().TakeOver(t.Context()) // a successor that dies in the middle
 	if err != nil {
 		t.Fatal(err)
@@ -516,6 +520,8 @@ func TestTakeoverFails(t *testing.T) {
 			}
 		}
 	}
+	half.Close()                       // whoever is on the way up gives up in the middle of it
+	time.Sleep(100 * time.Millisecond) // so that the daemon has seen that first, mostly; both orders have to end well
 	s.Close()
 	if !testbed.Wait(10*time.Second, func() bool {
 		out, err := d.command("run", "--", "ping", "-c1", "-W5", "web").CombinedOutput()
@@ -525,6 +531,9 @@ func TestTakeoverFails(t *testing.T) {
 		return err == nil
 	}) {
 		t.Errorf("the daemon does not go on: %s", d.stderr)
+	}
+	if !testbed.Wait(10*time.Second, func() bool { return !strings.Contains(d.do("ps"), "half") }) {
+		t.Errorf("an attachment whose client left during the takeover stays: %s", d.do("ps"))
 	}
 	// Those whose turn had not come are as they were too.
 	for i, name := range []string{"db", "mail"} {

@@ -42,6 +42,7 @@ type attachment struct {
 	queues    int           // of its device
 	detached  chan struct{} // closed when it is being taken away
 	going     bool
+	abandoned bool              // its session has ended while nothing could be changed
 	listener  *net.UnixListener // of LifetimeStream
 	reopening sync.Mutex        // held while the interface that an earlier node left is opened, or removed
 	left      bool              // there may be such an interface, and it is not plugged; guarded by reopening
@@ -173,6 +174,7 @@ func (n *Node) attaching(a *attachment) *attaching {
 
 func (n *Node) attachingLocked(a *attachment) *attaching {
 	a.session++
+	a.abandoned = false
 	return &attaching{a: a, session: a.session}
 }
 
@@ -236,12 +238,16 @@ func (t *attaching) Leave() {
 }
 
 // current reports whether this is still the attachment's session: the client of one may have come again before the end of the old connection was seen. While the node ends,
-// nobody's is: the client is about to come to the next one.
+// nobody's is: the client is about to come to the next one. If there comes none after all, endAbandoned ends it.
 func (t *attaching) current() bool {
 	n := t.a.node
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return t.session == t.a.session && !n.closed && !n.frozen
+	if t.session != t.a.session || n.closed {
+		return false
+	}
+	t.a.abandoned = n.frozen
+	return !n.frozen
 }
 
 // plug plugs a device that was opened inside, writes the attachment down and watches it. It takes h over. On error the attachment is as before.

@@ -214,6 +214,10 @@ func (n *Node) endAbandoned() {
 	for _, nw := range n.sorted() {
 		n.mu.Lock()
 		for _, a := range nw.attachments {
+			if a.abandoned {
+				gone = append(gone, a)
+				continue
+			}
 			if a.lifetime != api.LifetimeSession || a.rec.Holder == nil {
 				continue
 			}
