@@ -55,7 +55,7 @@ func TestScale(t *testing.T) {
 		e, d := attachOver(t, client, fmt.Sprintf("box%d", i))
 		ends, took = append(ends, e), append(took, d)
 		if i == 3 {
-			few = rate(t, ends[0], ends[1])
+			few = best(t, ends[0], ends[1])
 		}
 	}
 	after := memory()
@@ -63,7 +63,7 @@ func TestScale(t *testing.T) {
 	t.Logf("%d attachments: attach p50 %v, p99 %v, max %v; %.0f KiB of memory and %.1f threads each", attachments, took[len(took)/2], took[len(took)*99/100], took[len(took)-1],
 		float64(after.rss-before.rss)/1024/float64(attachments), float64(after.threads-before.threads)/float64(attachments))
 	quiet(t, n)
-	many = rate(t, ends[0], ends[1])
+	many = best(t, ends[0], ends[1])
 
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan int)
@@ -216,6 +216,15 @@ func quiet(t *testing.T, n *Node) {
 		}
 		was = now
 	}
+}
+
+// best is the best of three rates: what is compared lies half a minute apart, and on a shared machine one window alone says more about the neighbours than about the ports.
+func best(t *testing.T, from, to *end) (r float64) {
+	t.Helper()
+	for range 3 {
+		r = max(r, rate(t, from, to))
+	}
+	return r
 }
 
 // taken is what this process takes.
