@@ -105,7 +105,7 @@ func Start(ctx context.Context, cfg Config) (_ *Container, err error) {
 // join reserves a place on each network and fills in what the container gets of them.
 func (c *Container) join(ctx context.Context, process *edge.Spec) error {
 	left := slices.Clone(c.cfg.Spec.Addrs)
-	routed4, routed6 := false, false
+	routed4, routed6, resolves := false, false, false
 	for i, network := range c.cfg.Networks {
 		spec := c.cfg.Spec
 		spec.Lifetime, spec.IfName = api.LifetimeSession, fmt.Sprintf("eth%d", i)
@@ -133,6 +133,10 @@ func (c *Container) join(ctx context.Context, process *edge.Spec) error {
 		process.Interfaces = append(process.Interfaces, ifc)
 		if i == 0 {
 			process.ResolvConf, process.Hosts, process.Hostname = p.ResolvConf, p.Hosts, p.Hostname
+		}
+		// Each resolver knows the names of all the container's networks, but only one with a way out knows others.
+		if out := p.Interface.Gateway4.IsValid() || p.Interface.Gateway6.IsValid(); out && !resolves {
+			process.ResolvConf, resolves = p.ResolvConf, true
 		}
 	}
 	if len(c.cfg.Networks) > 1 && len(left) > 0 {
