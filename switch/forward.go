@@ -257,7 +257,7 @@ func (in *Ingress) sendMerged(q *port, head int32, fs []frame.Frame) {
 		}
 	}
 	in.keep(vec)
-	n := q.transmit(vec)
+	n := in.transmit(q, vec)
 	// The first n were accepted: count those of them that are not copies.
 	for i, left := 0, n; left > 0; i++ {
 		switch in.verdicts[i] {
@@ -282,7 +282,7 @@ func (in *Ingress) keep(vec []frame.Frame) {
 	}
 }
 
-func (in *Ingress) sendUnicast(q *port, fs []frame.Frame) { in.countUnicast(q.transmit(fs), len(fs)) }
+func (in *Ingress) sendUnicast(q *port, fs []frame.Frame) { in.countUnicast(in.transmit(q, fs), len(fs)) }
 
 func (in *Ingress) countUnicast(accepted, total int) {
 	in.p.rx.unicast.Add(uint64(accepted))

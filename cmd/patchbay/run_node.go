@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"strconv"
 	"strings"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"patchbay/internal/api"
 	"patchbay/internal/attach"
@@ -130,7 +132,33 @@ func joinTarget(ctx context.Context, c *cli.Context, spec *edge.Spec) (*netns.Ta
 		return nil, fmt.Errorf("--net %s%s: %w", joinPrefix, ref, err)
 	}
 	// What it sees is in its own mount namespace; a container whose files cannot be read, as one that is not ours, keeps the host's.
-	spec.ResolvConf, _ = os.ReadFile(fmt.Sprintf("/proc/%d/root/etc/resolv.conf", pid))
-	spec.Hosts, _ = os.ReadFile(fmt.Sprintf("/proc/%d/root/etc/hosts", pid))
+	root := fmt.Sprintf("/proc/%d/root", pid)
+	spec.ResolvConf, spec.Hosts = fileOf(root, "etc/resolv.conf"), fileOf(root, "etc/hosts")
 	return t, nil
+}
+
+// maxContainerFile bounds what is read of a file that a container could have put there.
+const maxContainerFile = 64 << 10
+
+// fileOf reads a small regular file below root, whose owner is not trusted: links lead nowhere outside it, and nothing is waited for. Nil: there is none.
+func fileOf(root, name string) []byte {
+	dir, err := unix.Open(root, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil
+	}
+	defer unix.Close(dir)
+	fd, err := unix.Openat2(dir, name, &unix.OpenHow{Flags: unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS})
+	if err != nil {
+		return nil
+	}
+	f := os.NewFile(uintptr(fd), name)
+	defer f.Close()
+	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() || fi.Size() > maxContainerFile {
+		return nil
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxContainerFile))
+	if err != nil {
+		return nil
+	}
+	return b
 }

@@ -96,7 +96,7 @@ func (c *Capture) Stats() Stats {
 
 // Observe implements vswitch.Observer.
 func (c *Capture) Observe(o vswitch.Observed) {
-	if p := c.c.Port; p != 0 && o.From != p && o.To != p && !o.Flooded {
+	if p := c.c.Port; p != 0 && o.From != p && o.To != p && !o.Reaches(p) {
 		return
 	}
 	if !c.filter.Match(o.Frame.Data) {
@@ -130,15 +130,22 @@ func (c *Capture) Observe(o vswitch.Observed) {
 	}
 }
 
-// take empties the list.
+// take empties the list. What is in it counts until written says otherwise.
 func (c *Capture) take() (rs []record, full bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	rs, c.list, c.bytes = c.list, nil, 0
+	rs, c.list = c.list, nil
 	return rs, c.full
 }
 
-// Run writes the capture to w, and returns when ctx ends, MaxFrames are written, or w fails. That w's reader has gone is no error. Call it once.
+// written gives the room of a record back.
+func (c *Capture) written(r *record) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.bytes -= len(r.data) + recordOverhead
+}
+
+// Run writes the capture to w, and returns when ctx ends, MaxFrames are written, or w fails; a Write that is under way when ctx ends is waited for. That w's reader has gone is no error. Call it once.
 func (c *Capture) Run(ctx context.Context, w io.Writer) error {
 	f, err := c.begin(w)
 	if err != nil {
@@ -158,6 +165,7 @@ func (c *Capture) Run(ctx context.Context, w io.Writer) error {
 			if err := f.write(&rs[i]); err != nil {
 				return clean(err)
 			}
+			c.written(&rs[i])
 		}
 		if err := f.Flush(); err != nil {
 			return clean(err)

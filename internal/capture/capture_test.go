@@ -233,3 +233,34 @@ func TestReaderGone(t *testing.T) {
 		t.Error("it still looks")
 	}
 }
+
+// refuser is a port that takes nothing.
+type refuser struct{ sink }
+
+func (refuser) Transmit([]frame.Frame) int { return 0 }
+
+// TestOnePort holds what a capture of one port shows where not everything reaches it: isolation keeps broadcasts from it, what is isolated on its way there is shown with the reason, and what it
+// refuses too.
+func TestOnePort(t *testing.T) {
+	sw := vswitch.New(vswitch.Config{})
+	add := func(p vswitch.Port, name string, mac wire.MAC, isolated bool) vswitch.PortID {
+		id, err := sw.AddPort(p, vswitch.PortConfig{Name: name, MAC: mac, Isolated: isolated})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return id
+	}
+	macC := wire.MAC{2, 0, 0, 0, 0, 0xc}
+	a, b, c := add(sink{}, "a", macA, true), add(sink{}, "b", macB, true), add(refuser{}, "c", macC, false)
+	send := func() {
+		sw.Ingress(a).Forward([]frame.Frame{ether(wire.Broadcast, macA, 60), ether(macB, macA, 60), ether(macC, macA, 60)})
+	}
+	_, out := capturing(t, Config{Switch: sw, Port: b}, send)
+	if got := read(t, out); len(got) != 1 || !strings.HasPrefix(got[0], "a "+macB.String()+" dropped: isolated: ") {
+		t.Errorf("of b: %q", got)
+	}
+	_, out = capturing(t, Config{Switch: sw, Port: c}, send)
+	if got := read(t, out); len(got) != 4 || got[1] != "a "+macC.String() || !strings.HasPrefix(got[3], "a "+macC.String()+" dropped: refused: ") {
+		t.Errorf("of c: %q", got)
+	}
+}

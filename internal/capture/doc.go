@@ -6,8 +6,8 @@
 // filter takes is copied into a list that is bounded in bytes; Run takes the list, writes it and flushes, so that a reader at the other end of a pipe sees a frame within some
 // milliseconds. When the reader is slow the list fills up, and further frames are counted and not kept: forwarding never waits. The count stands in the statistics block at the end.
 //
-// A frame is recorded once, where it enters the switch. Each port is an interface of the file. With Config.Port, frames from, to and flooded towards that port are recorded alone. What a
-// port refuses after the switch has handed it over (its device is full) is recorded as sent, and counted by the port.
+// A frame is recorded where it enters the switch, and once more when the port that it was for refuses it (its device is full). Each port is an interface of the file. With
+// Config.Port, frames from, to and flooded towards that port are recorded alone, those that were on their way there and isolated too.
 //
 // Filters are tcpdump's expressions (filter.go); the part of the language that is understood is described at [ParseFilter].
 //

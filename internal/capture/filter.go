@@ -97,7 +97,7 @@ const protoSCTP = 132
 
 // ParseFilter compiles a tcpdump expression: primitives joined by "and", "or", "not" (or &&, ||, !) and parentheses, where "and" and "or" bind alike, from the left. The primitives are
 //
-//	[ip|ip6|arp|tcp|udp|sctp] [src|dst] host ADDR | net CIDR | port N | portrange N-M
+//	[ip|ip6|arp|tcp|udp|sctp] [src|dst|src or dst] host ADDR | net CIDR | port N | portrange N-M
 //	ether [src|dst] host MAC     ether|ip|ip6 proto N     ether broadcast|multicast     ip|ip6 multicast
 //	ip  ip6  arp  tcp  udp  sctp  icmp  icmp6  broadcast  multicast     vlan [N]     less N  greater N
 //	ether|ip|ip6|tcp|udp|icmp|icmp6 "[" OFFSET [":" 1|2|4] "]" [& MASK] =|!=|<|>|<=|>= VALUE
@@ -307,6 +307,10 @@ func (p *parser) primitive() (matcher, error) {
 	switch p.peek() {
 	case "src", "dst":
 		q.dir = p.next()
+		if p.at+1 < len(p.words) && p.peek() == "or" && (p.words[p.at+1].text == "src" || p.words[p.at+1].text == "dst") && p.words[p.at+1].text != q.dir {
+			p.at += 2
+			q.dir = "" // either, which is what no direction means
+		}
 	}
 	switch w := p.peek(); {
 	case w == "host" || w == "net" || w == "port" || w == "portrange" || w == "proto":

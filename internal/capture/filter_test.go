@@ -85,7 +85,7 @@ var expressions = []string{
 	"portrange 80-90", "udp portrange 50-60", "ether host 02:00:00:00:00:01", "ether src 02:00:00:00:00:01", "ether dst 02:00:00:00:00:02", "broadcast", "multicast", "ether multicast",
 	"ip proto 47", "ip6 proto 47", "ether proto 0x88cc", "less 100", "greater 1000", "tcp and port 22 or udp", "tcp or udp and port 53", "(tcp or udp) and port 53", "not (tcp port 80)",
 	"ip and tcp[tcpflags] & tcp-syn != 0", "ip and tcp[13] & 18 == 18", "ip and tcp[tcpflags] & (tcp-syn|tcp-ack) = tcp-syn", "icmp[icmptype] = icmp-echo", "icmp[0] != 8", "ip[8] = 64", "ether[0] & 1 = 1", "ip[2:2] > 500",
-	"ip and udp[0:2] = 53", "src host 10.0.0.1 and dst port 80", "host 10.0.0.1 and not port 22", "host 10.0.0.1 && (port 80 || port 443)", "icmp or arp", "not tcp and not udp",
+	"ip and udp[0:2] = 53", "src host 10.0.0.1 and dst port 80", "src or dst port 80", "src or dst host 10.0.0.1 and udp", "host 10.0.0.1 and not port 22", "host 10.0.0.1 && (port 80 || port 443)", "icmp or arp", "not tcp and not udp",
 }
 
 // TestAgainstTcpdump holds each expression against tcpdump's own compiler, frame by frame.

@@ -234,6 +234,23 @@ func TestRestore(t *testing.T) {
 	}
 }
 
+// TestStateDirOfOthers is refused: what is in there need not be this user's own.
+func TestStateDirOfOthers(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "open")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := New(t.Context(), Config{StateDir: dir}); err == nil || !strings.Contains(err.Error(), "others may write to it") {
+		if n != nil {
+			n.Close()
+		}
+		t.Errorf("%v", err)
+	}
+}
+
 // TestConfigure applies files one after the other, good and bad ones.
 func TestConfigure(t *testing.T) {
 	dir := t.TempDir()

@@ -167,7 +167,7 @@ func (n *Node) reopenOnce(as []*attachment) (again []*attachment) {
 			switch {
 			case err == nil || n.ctx.Err() != nil:
 			case errors.Is(err, tap.ErrGone), errors.Is(err, errEnded):
-				log.Info("attachment is gone")
+				log.Warn("attachment is gone; if its interface is still there under another name or MAC, it is to be deleted by hand")
 				a.end()
 			default:
 				log.Warn("interface is not opened again yet")

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -79,12 +80,27 @@ func openState(dir string) (*state, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("state directory %s: %w; name one that you may write with --state-dir", dir, err)
 	}
+	if err := checkOwn(dir); err != nil {
+		return nil, err
+	}
 	path := filepath.Join(dir, "state.db")
 	s := &state{file: store.NewFile(nil), path: path}
 	if err := s.open(); err != nil {
 		return nil, err
 	}
 	return s, nil
+}
+
+// checkOwn refuses a directory in which somebody else could put a state of his.
+func checkOwn(dir string) error {
+	fi, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() || fi.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("state directory %s is another user's, or others may write to it (%v); name one of your own with --state-dir, or chmod go-w it", dir, fi.Mode())
+	}
+	return nil
 }
 
 // open opens the file, again after close.
