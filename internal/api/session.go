@@ -150,7 +150,20 @@ func (s *Session) Wait(ctx context.Context) (Event, error) {
 	return e, nil
 }
 
-// Close ends the Session, and with it an attachment of LifetimeSession. Idempotent; it unblocks the other methods.
+// endTimeout bounds how long End waits for the node.
+const endTimeout = 5 * time.Second
+
+// End is Close that waits until the node has taken the attachment away, so that its name, addresses and host ports are free when End returns; a node that hangs
+// is waited for no longer than endTimeout. No other method may be running.
+func (s *Session) End() error {
+	if s.conn.CloseWrite() == nil {
+		_ = s.conn.SetReadDeadline(time.Now().Add(endTimeout))
+		_, _ = io.Copy(io.Discard, s.r)
+	}
+	return s.Close()
+}
+
+// Close ends the Session, and with it an attachment of LifetimeSession, which may take the node a moment more. Idempotent; it unblocks the other methods.
 func (s *Session) Close() error {
 	s.closeOnce.Do(func() {
 		close(s.closed)

@@ -72,6 +72,9 @@ func (n *Node) reserve(ctx context.Context, nw *network, rec attachmentRecord) (
 	}
 	n.mu.Lock()
 	err = n.busy()
+	if cfg.Name == "" {
+		cfg.Name = n.freeName()
+	}
 	if err == nil && len(nw.attachments) >= n.cfg.MaxAttachments {
 		err = api.Errorf(api.CodeExhausted, "detach some, or use another network", "network %q has %d attachments, which is its limit", nw.rec.Name, n.cfg.MaxAttachments)
 	}
@@ -89,6 +92,21 @@ func (n *Node) reserve(ctx context.Context, nw *network, rec attachmentRecord) (
 	nw.attachments[live.Name()] = a
 	n.mu.Unlock()
 	return a, nil
+}
+
+// freeName is a name for who gave none: free on every network, since the container may join others under the same one. Node.mu is held.
+func (n *Node) freeName() string {
+	for {
+		n.serial++
+		name := fmt.Sprintf("c%d", n.serial)
+		taken := false
+		for _, nw := range n.networks {
+			taken = taken || nw.attachments[name] != nil
+		}
+		if !taken {
+			return name
+		}
+	}
 }
 
 // Attach implements api.Backend.
@@ -393,7 +411,9 @@ func (a *attachment) remove() error {
 	a.serving.Wait()
 	a.reading(0)
 	n.mu.Lock()
-	delete(nw.attachments, a.Name())
+	if nw.attachments[a.Name()] == a { // the name is free since Close, and may be another's already
+		delete(nw.attachments, a.Name())
+	}
 	for _, p := range publishes {
 		delete(n.publishes, p.rec.ID)
 	}

@@ -72,6 +72,7 @@ type Node struct {
 	takenOver chan struct{} // closed when another node has taken over
 	networks  map[string]*network
 	publishes map[string]*publish // by id
+	serial    int                 // numbers the attachments that were given no name
 	queues    int                 // of TAPs, that have a thread each
 	rules     []config.Rule       // of the configuration
 }
