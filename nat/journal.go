@@ -176,6 +176,9 @@ func (j *Journal) adopt(now time.Time) error {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if j.frozen { // meanwhile: what is not taken over now is the next process's
+		return nil
+	}
 	j.others = false
 	for _, name := range names {
 		if name == j.file.Name() {
@@ -331,7 +334,7 @@ func (j *Journal) take(a netip.Addr, now time.Time) ([]orphan, error) {
 	if j == nil {
 		return nil, nil
 	}
-	err := j.refresh(now)
+	_, err := j.refresh(now)
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.expire(now)
@@ -347,20 +350,31 @@ func (j *Journal) take(a netip.Addr, now time.Time) ([]orphan, error) {
 	return os, err
 }
 
-// refresh looks whether a process that lived when the journal was opened is gone by now.
-func (j *Journal) refresh(now time.Time) error {
+// Refresh takes over the flows of processes that lived when the directory was last looked at and have ended since; NAT.ResetOrphans does so too. It reports whether there is
+// another process left that lives. It may wait for other processes that are in OpenJournal. A nil Journal has none.
+func (j *Journal) Refresh() (left bool, err error) {
+	if j == nil {
+		return false, nil
+	}
+	return j.refresh(time.Now())
+}
+
+func (j *Journal) refresh(now time.Time) (left bool, err error) {
 	j.mu.Lock()
 	look := j.others && !j.frozen
 	j.mu.Unlock()
 	if !look {
-		return nil
+		return false, nil
 	}
 	lock, err := lockJournalDir(j.dir)
 	if err != nil {
-		return err
+		return true, err
 	}
 	defer lock.Close()
-	return j.adopt(now)
+	err = j.adopt(now)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.others && !j.frozen, err
 }
 
 // expire drops orphans that nobody has come back for. j.mu is held.

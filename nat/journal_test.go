@@ -159,6 +159,40 @@ func TestJournalHandover(t *testing.T) {
 	}
 }
 
+// TestJournalOfTwoTakeovers holds that the flows of a process whose successor was itself replaced before it had ended are the third one's, which learns when there is nobody left to wait for;
+// and that the second, which is frozen, leaves them to it.
+func TestJournalOfTwoTakeovers(t *testing.T) {
+	dir := t.TempDir()
+	os.Chmod(dir, 0o700)
+	left := func(j *Journal, want bool) {
+		t.Helper()
+		if got, err := j.Refresh(); err != nil || got != want {
+			t.Fatalf("another process left: %v, %v; want %v", got, err, want)
+		}
+	}
+	first := openJournal(t, dir, 8)
+	c, p := flowPair(0)
+	first.put(c, p, time.Now())
+	left(first, false)
+	second := openJournal(t, dir, 8)
+	left(second, true)
+	second.Freeze()
+	third := openJournal(t, dir, 8)
+	second.Close()
+	left(third, true)
+	first.Freeze()
+	first.Close()
+	if err := second.adopt(time.Now()); err != nil { // it had begun to look before it was frozen
+		t.Fatal(err)
+	}
+	left(third, false)
+	if n := third.waiting(); n != 1 {
+		t.Errorf("%d orphans, want 1", n)
+	}
+	var none *Journal
+	left(none, false)
+}
+
 func TestJournalRefuses(t *testing.T) {
 	dir := t.TempDir()
 	os.Chmod(dir, 0o777)

@@ -97,7 +97,7 @@ func (s *Successor) Next() (Part, []int, error) {
 	return p, fds, nil
 }
 
-// Done says that this node serves now, and waits until the old one has gone.
+// Done says that this node serves now, and waits until the old one no longer does. It is ending then, and may not have ended.
 func (s *Successor) Done() error {
 	_ = s.conn.SetDeadline(time.Now().Add(partTimeout)) // as above
 	if err := sendLine(s.conn, struct{}{}); err != nil {
@@ -146,7 +146,7 @@ func (s *Server) takeover(w http.ResponseWriter, r *http.Request) error {
 	}
 	done = true
 	s.log.Info("taken over", "pid", peerOf(r).PID)
-	<-run.ending // the successor waits for this process's end
+	<-run.ending // the successor waits until this server ends
 	return nil
 }
 

@@ -116,6 +116,7 @@ func newNode(ctx context.Context, cfg Config, from *inheritance) (_ *Node, err e
 		return nil, err
 	}
 	n.background.Go(n.watchNamespaces)
+	n.background.Go(n.resetOrphans)
 	return n, nil
 }
 

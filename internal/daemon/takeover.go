@@ -433,7 +433,6 @@ func TakeOver(ctx context.Context, cfg Config, socket string) (*Node, *net.UnixL
 		// The old one may not have heard; two that serve would be worse than one that is slow to end.
 		n.log.Warn("the node that was taken over", "reason", err)
 	}
-	n.resetOrphans()
 	return n, l, nil
 }
 
@@ -444,11 +443,28 @@ func sameDir(theirs, own string) bool {
 	return filepath.IsAbs(theirs) && err == nil && berr == nil && os.SameFile(a, b)
 }
 
-// resetOrphans ends the connections through NAT that the other node had.
+// orphanPoll is how often a node looks whether the one before it has ended.
+const orphanPoll = 100 * time.Millisecond
+
+// resetOrphans ends the connections through NAT that earlier processes carried, as these end: one that has been taken over says that it goes some time before it has gone, and may
+// have been taken over while its own predecessor was still going. It returns when there is none left, or the node ends.
 func (n *Node) resetOrphans() {
-	for _, nw := range n.sorted() {
-		for _, a := range nw.Attachments() {
-			a.ResetOrphans()
+	t := time.NewTicker(orphanPoll)
+	defer t.Stop()
+	for {
+		left := false
+		for _, nw := range n.sorted() {
+			if nw.ResetOrphans() {
+				left = true
+			}
+		}
+		if !left {
+			return
+		}
+		select {
+		case <-t.C:
+		case <-n.ctx.Done():
+			return
 		}
 	}
 }

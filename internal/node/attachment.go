@@ -353,15 +353,7 @@ func (a *Attachment) plug(dev Device, info tap.Info, serve func(*link, context.C
 	return nil
 }
 
-// ResetOrphans ends the TCP connections that an earlier process carried for the container. Plugging does it too; it is for an earlier process that has ended since.
-func (a *Attachment) ResetOrphans() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.link != nil {
-		a.resetOrphans()
-	}
-}
-
+// resetOrphans ends the TCP connections that an earlier process carried for the container. a.mu is held.
 func (a *Attachment) resetOrphans() {
 	for _, addr := range append(slices.Clone(a.addrs), wire.LinkLocal(a.mac)) {
 		if k := a.network.nat.ResetOrphans(addr); k > 0 {

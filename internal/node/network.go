@@ -355,6 +355,24 @@ func (n *Network) Shutdown() error {
 	return n.Close()
 }
 
+// ResetOrphans ends, for the containers that are plugged, the TCP connections of earlier processes that have ended; plugging does it for those that follow. It reports whether there is an
+// earlier process left that lives, and so has connections yet to be reset.
+func (n *Network) ResetOrphans() (left bool) {
+	left, err := n.flows.Refresh()
+	if err != nil {
+		n.log.Warn("flows of an earlier process may hang", "network", n.cfg.Name, "reason", err)
+		left = false // looking again would not help
+	}
+	for _, a := range n.Attachments() {
+		a.mu.Lock()
+		if a.link != nil {
+			a.resetOrphans()
+		}
+		a.mu.Unlock()
+	}
+	return left
+}
+
 // ExportUDP stops NAT's UDP flows for another process, as ResumeUDP and ImportUDP go with it; see package nat.
 func (n *Network) ExportUDP() ([]nat.UDPFlowState, []int, error) { return n.nat.ExportUDP() }
 
