@@ -282,7 +282,9 @@ func (in *Ingress) keep(vec []frame.Frame) {
 	}
 }
 
-func (in *Ingress) sendUnicast(q *port, fs []frame.Frame) { in.countUnicast(in.transmit(q, fs), len(fs)) }
+func (in *Ingress) sendUnicast(q *port, fs []frame.Frame) {
+	in.countUnicast(in.transmit(q, fs), len(fs))
+}
 
 func (in *Ingress) countUnicast(accepted, total int) {
 	in.p.rx.unicast.Add(uint64(accepted))

@@ -278,7 +278,7 @@ func (c *Container) Close() error {
 		}
 		c.following.Wait()
 		for _, m := range c.members {
-			m.session.End() // and not Close: who runs the same name next must find it free
+			errs = append(errs, m.session.End()) // and not Close: who runs the same name next must find it free
 			if m.handle != nil {
 				errs = append(errs, m.handle.Close())
 			}
