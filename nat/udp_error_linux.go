@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"patchbay/frame"
+	"patchbay/internal/mmsg"
 	"patchbay/internal/wire"
 )
 
@@ -32,7 +33,7 @@ type hostError struct {
 // drainErrors takes the errors queued on s and gives the ICMP ones to the container whose packet they are about. Safe from any goroutine.
 func (u *udpNAT) drainErrors(s *packetSock) {
 	var (
-		name sockaddr
+		name mmsg.Sockaddr
 		ctl  [512 / 8]uint64
 		data [2048]byte
 		room [icmpErrorRoom]byte
@@ -61,7 +62,7 @@ func (u *udpNAT) drainErrors(s *packetSock) {
 		if !ok || he.origin == eeOriginLocal {
 			continue
 		}
-		peer, ok := name.get()
+		peer, ok := name.Get()
 		if !ok {
 			continue
 		}
@@ -162,9 +163,9 @@ func parseHostError(c []byte) (he hostError, ok bool) {
 			he.origin, he.typ, he.code = d[4], d[5], d[6]
 			he.info = binary.NativeEndian.Uint32(d[8:])
 			if he.origin == eeOriginICMP || he.origin == eeOriginICMP6 {
-				var sa sockaddr
+				var sa mmsg.Sockaddr
 				if copy(sa[:], d[16:]) >= unix.SizeofSockaddrInet4 {
-					if ap, ok := sa.get(); ok {
+					if ap, ok := sa.Get(); ok {
 						he.from = ap.Addr()
 					}
 				}

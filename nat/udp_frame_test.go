@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"patchbay/frame"
+	"patchbay/internal/mmsg"
 	"patchbay/internal/wire"
 	"patchbay/stack"
 )
@@ -152,8 +153,8 @@ func FuzzControl(f *testing.F) {
 	var e control
 	d := e.add(unix.IPPROTO_IP, unix.IP_RECVERR, 32)
 	d[4], d[5], d[6] = eeOriginICMP, 3, 3
-	var sa sockaddr
-	sa.put(apA4, false)
+	var sa mmsg.Sockaddr
+	sa.Put(apA4, false, 0)
 	copy(d[16:], sa[:])
 	f.Add(append([]byte(nil), e.bytes()[:e.n]...))
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -179,8 +180,8 @@ func TestControlRoundTrip(t *testing.T) {
 	var e control
 	d := e.add(unix.IPPROTO_IPV6, unix.IPV6_RECVERR, 16+unix.SizeofSockaddrInet6)
 	d[4], d[5], d[6] = eeOriginICMP6, 1, 4
-	var sa sockaddr
-	copy(d[16:], sa[:sa.put(apA6, true)])
+	var sa mmsg.Sockaddr
+	copy(d[16:], sa[:sa.Put(apA6, true, 0)])
 	if he, ok := parseHostError(e.bytes()[:e.n]); !ok || he.typ != 1 || he.code != 4 || he.from != apA6.Addr() {
 		t.Errorf("%+v %v", he, ok)
 	}

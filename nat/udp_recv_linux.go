@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"patchbay/frame"
+	"patchbay/internal/mmsg"
 	"patchbay/internal/wire"
 )
 
@@ -33,7 +34,7 @@ type received struct {
 // recvBatch is the scratch of the loop that receives. One goroutine uses it.
 type recvBatch struct {
 	msgs  [recvMsgs]mmsghdr
-	names [recvMsgs]sockaddr
+	names [recvMsgs]mmsg.Sockaddr
 	ctls  [recvMsgs]control
 	iovs  [recvMsgs]unix.Iovec
 	bufs  [recvMsgs][]byte
@@ -86,7 +87,7 @@ func (b *recvBatch) at(i int, r *received) (ok bool) {
 	if m.hdr.Flags&unix.MSG_TRUNC != 0 {
 		return false
 	}
-	if r.peer, ok = b.names[i].get(); !ok {
+	if r.peer, ok = b.names[i].Get(); !ok {
 		return false
 	}
 	parseControl(b.ctls[i].bytes()[:min(int(m.hdr.Controllen), controlLen)], r)

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"patchbay/frame"
+	"patchbay/internal/mmsg"
 	"patchbay/stack"
 )
 
@@ -72,7 +73,7 @@ type sendBatch struct {
 	lanes  []lane
 
 	msgs  [sendMsgs]mmsghdr
-	names [sendMsgs]sockaddr
+	names [sendMsgs]mmsg.Sockaddr
 	ctls  [sendMsgs]control
 	iovs  [sendIovs]unix.Iovec
 	// first and firstOff say where in the items message i starts; entry nmsgs is where the next build goes on.
@@ -230,7 +231,7 @@ func (b *sendBatch) build(s *packetSock, i, off int) (int, int) {
 func (b *sendBatch) header(s *packetSock, m int, it *sendItem, iovs []unix.Iovec) {
 	h := &b.msgs[m].hdr
 	h.Name = &b.names[m][0]
-	h.Namelen = b.names[m].put(it.dst, s.v6)
+	h.Namelen = b.names[m].Put(it.dst, s.v6, 0)
 	h.Iov = &iovs[0]
 	h.SetIovlen(len(iovs))
 	c := &b.ctls[m]

@@ -8,6 +8,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"patchbay/internal/mmsg"
 )
 
 // sockBuf is what is asked of the kernel for each direction of a socket, in bytes; net.core.rmem_max and wmem_max may allow less.
@@ -86,8 +88,8 @@ func (s *packetSock) openUDP(host netip.AddrPort, dual, pktinfo bool) error {
 		unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 0)
 	}
 	s.wantMessages(pktinfo)
-	var name sockaddr
-	if err := bindRaw(fd, &name, name.put(host, s.v6)); err != nil {
+	var name mmsg.Sockaddr
+	if err := bindRaw(fd, &name, name.Put(host, s.v6, 0)); err != nil {
 		unix.Close(fd)
 		return err
 	}
@@ -149,9 +151,9 @@ func (s *packetSock) openPing(v6 bool, id uint16) error {
 	} else {
 		unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_RECVTTL, 1)
 	}
-	var name sockaddr
-	if id == 0 || bindRaw(fd, &name, name.put(netip.AddrPortFrom(any, id), v6)) != nil {
-		if err := bindRaw(fd, &name, name.put(netip.AddrPortFrom(any, 0), v6)); err != nil {
+	var name mmsg.Sockaddr
+	if id == 0 || bindRaw(fd, &name, name.Put(netip.AddrPortFrom(any, id), v6, 0)) != nil {
+		if err := bindRaw(fd, &name, name.Put(netip.AddrPortFrom(any, 0), v6, 0)); err != nil {
 			unix.Close(fd)
 			return err
 		}
@@ -196,41 +198,7 @@ func (s *packetSock) localPort() uint16 {
 	return 0
 }
 
-// sockaddr is a struct sockaddr_in or sockaddr_in6, as the kernel reads and writes it.
-type sockaddr [unix.SizeofSockaddrInet6]byte
-
-// put writes ap for a socket of the given family and returns the length. An IPv4 address on an IPv6 socket is written v4-mapped.
-func (s *sockaddr) put(ap netip.AddrPort, v6 bool) uint32 {
-	if !v6 {
-		binary.NativeEndian.PutUint16(s[0:], unix.AF_INET)
-		binary.BigEndian.PutUint16(s[2:], ap.Port())
-		a := ap.Addr().As4()
-		copy(s[4:8], a[:])
-		clear(s[8:16])
-		return unix.SizeofSockaddrInet4
-	}
-	binary.NativeEndian.PutUint16(s[0:], unix.AF_INET6)
-	binary.BigEndian.PutUint16(s[2:], ap.Port())
-	clear(s[4:8])
-	a := ap.Addr().As16()
-	copy(s[8:24], a[:])
-	clear(s[24:28])
-	return unix.SizeofSockaddrInet6
-}
-
-// get reads the address; v4-mapped ones come out as IPv4. ok is false for another family.
-func (s *sockaddr) get() (ap netip.AddrPort, ok bool) {
-	port := binary.BigEndian.Uint16(s[2:])
-	switch binary.NativeEndian.Uint16(s[0:]) {
-	case unix.AF_INET:
-		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(s[4:8])), port), true
-	case unix.AF_INET6:
-		return netip.AddrPortFrom(netip.AddrFrom16([16]byte(s[8:24])).Unmap(), port), true
-	}
-	return netip.AddrPort{}, false
-}
-
-func bindRaw(fd int, name *sockaddr, n uint32) error {
+func bindRaw(fd int, name *mmsg.Sockaddr, n uint32) error {
 	_, _, e := unix.Syscall(unix.SYS_BIND, uintptr(fd), uintptr(unsafe.Pointer(name)), uintptr(n))
 	if e != 0 {
 		return e
