@@ -47,6 +47,13 @@ const (
 	DropUnknownVNI                 // tunnelled frame for a network that is not here
 	DropUnknownPeer                // tunnelled frame from a host that is no peer of the network
 	DropECN                        // congestion was marked on the way, and the frame cannot carry the mark (RFC 6040)
+	DropFragMismatch               // fragment that contradicts the others of its message
+	DropDuplicate                  // tunnelled message, or fragment of one, that has come already
+	DropUnknownRecord              // record of a kind that this version does not know
+	DropUnsealed                   // clear frame on a sealed network
+	DropUnauthentic                // sealed frame that does not open: forged, changed on the way, or sealed for somebody else
+	DropReplayed                   // sealed frame that came before, or too late to tell
+	DropNoSession                  // sealed path without keys: none yet, or those the frame names are not here
 	numDrops
 )
 
@@ -93,6 +100,13 @@ var dropText = [NumDrops][2]string{
 	DropUnknownVNI:     {"unknown-vni", "a frame for a VNI of which there is no network here"},
 	DropUnknownPeer:    {"unknown-peer", "a tunnelled frame from a host that is no peer of the network; `patchbay peer add` makes it one"},
 	DropECN:            {"ecn", "a tunnelled frame met congestion on the way and cannot say so to its receiver"},
+	DropFragMismatch:   {"frag-mismatch", "a tunnelled fragment contradicts the others of its message"},
+	DropDuplicate:      {"duplicate", "a tunnelled message, or a fragment of one, came a second time"},
+	DropUnknownRecord:  {"unknown-record", "the tunnel's peer sent something that this version does not know: it is newer"},
+	DropUnsealed:       {"unsealed", "a clear frame on a sealed network: the peer does not seal, or somebody forges; create the network with --seal on both nodes"},
+	DropUnauthentic:    {"unauthentic", "a sealed frame that does not open: forged, changed on the way, or sealed for somebody else"},
+	DropReplayed:       {"replayed", "a sealed frame that was received before, or comes too late to tell"},
+	DropNoSession:      {"no-session", "there are no keys for the frame: the handshake with the peer is not done, or the frame is of a session that has ended"},
 	DropReserved:       {"reserved", "bridge protocol address (01:80:c2:00:00:0x), which is never forwarded"},
 }
 

@@ -37,6 +37,9 @@ type IfConfig struct {
 	MTU int
 	// TxQueueLen is how many frames wait for the switch before the kernel drops; 0 keeps the kernel's own.
 	TxQueueLen int
+	// GSOMaxSize is the longest superframe in bytes that the kernel is to make, its headers about; 0 keeps the kernel's own 65,536. A network whose superframes travel on in datagrams wants one
+	// that fits them (tunnel.GSOMaxSize).
+	GSOMaxSize int
 	// Addrs are the addresses with their prefix length, IPv4 and IPv6. IPv6 ones skip duplicate address detection: IPAM has seen to it.
 	Addrs []netip.Prefix
 	// Routes are added in order, behind the addresses.
@@ -125,6 +128,11 @@ func configure(nl *netlink.Handle, c IfConfig) (out Configured, err error) {
 	if c.TxQueueLen > 0 {
 		if err := nl.LinkSetTxQLen(link, c.TxQueueLen); err != nil {
 			return out, fmt.Errorf("set transmit queue length %d: %w", c.TxQueueLen, err)
+		}
+	}
+	if c.GSOMaxSize > 0 {
+		if err := nl.LinkSetGSOMaxSize(link, c.GSOMaxSize); err != nil {
+			out.Notes = append(out.Notes, fmt.Sprintf("configure %q: set the longest superframe to %d bytes: %v: longer ones travel in two pieces", c.Name, c.GSOMaxSize, err))
 		}
 	}
 	// Before the interface is up, or the kernel has already asked for a router and begun duplicate address detection.

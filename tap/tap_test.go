@@ -259,7 +259,7 @@ func TestConfigure(t *testing.T) {
 	ns := testbed.NewNS(t)
 	ip := testbed.Tool(t, "ip")
 	d := open(t, ns, OpenConfig{}, IfConfig{
-		Rename: "net7", TxQueueLen: 321,
+		Rename: "net7", TxQueueLen: 321, GSOMaxSize: 64000,
 		Addrs: prefixes("10.3.0.5/24", "fd03::5/64"),
 		Routes: []Route{
 			{Dst: netip.MustParsePrefix("0.0.0.0/0"), Via: netip.MustParseAddr("10.3.0.1")},
@@ -278,6 +278,7 @@ func TestConfigure(t *testing.T) {
 		{"-4 route", "198.51.100.0/24 via 172.31.0.1 dev net7 onlink"},
 		{"link show net7", "qlen 321"},
 		{"link show net7", "mtu 1500"},
+		{"-d link show net7", "gso_max_size 64000"},
 		{"link show lo", "UP"},
 		{"-6 addr show dev net7", "fd03::5/64 scope global nodad"},
 	} {

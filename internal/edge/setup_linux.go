@@ -59,7 +59,7 @@ func (e *edgeProc) addInterface(f *Interface) error {
 
 // ifConfig is how the interface is to be configured.
 func (f *Interface) ifConfig() tap.IfConfig {
-	c := tap.IfConfig{MAC: f.MAC, MTU: f.MTU, TxQueueLen: f.TxQueueLen, Addrs: f.Addrs, AcceptRA: f.AcceptRA}
+	c := tap.IfConfig{MAC: f.MAC, MTU: f.MTU, GSOMaxSize: f.GSOMaxSize, TxQueueLen: f.TxQueueLen, Addrs: f.Addrs, AcceptRA: f.AcceptRA}
 	if f.Gateway4.IsValid() {
 		c.Routes = append(c.Routes, defaultRoute(f, netip.PrefixFrom(netip.IPv4Unspecified(), 0), f.Gateway4))
 	}

@@ -68,6 +68,8 @@ type Interface struct {
 	MAC wire.MAC `json:"mac"`
 	// MTU in bytes of IP packet; 0 means tap.DefaultMTU.
 	MTU int `json:"mtu,omitempty"`
+	// GSOMaxSize is tap.IfConfig's; 0 keeps the kernel's own.
+	GSOMaxSize int `json:"gsoMaxSize,omitempty"`
 	// Queues is how many descriptors to open; 0 means 1.
 	Queues int `json:"queues,omitempty"`
 	// TxQueueLen is how many frames wait for the switch before the kernel drops; 0 keeps the kernel's own.

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -53,6 +54,7 @@ func ordinaryInNS(cmd *exec.Cmd) *exec.Cmd {
 // user of a machine does, and may enter them from another program of his.
 type Login struct {
 	holder *exec.Cmd
+	uid    int      // as the tests see it
 	in     []string // the command that enters
 }
 
@@ -60,16 +62,66 @@ type Login struct {
 func NewLogin(t testing.TB) *Login {
 	t.Helper()
 	Require(t)
-	l := &Login{holder: AsOrdinaryUser(exec.Command(Tool(t, "sleep"), "1000000"))}
-	if err := l.holder.Start(); err != nil {
+	l := &Login{uid: os.Geteuid()}
+	l.start(t, AsOrdinaryUser(exec.Command(Tool(t, "sleep"), "1000000")))
+	l.in = []string{Tool(t, "nsenter"), fmt.Sprintf("--user=/proc/%d/ns/user", l.holder.Process.Pid), "--preserve-credentials", "--"}
+	return l
+}
+
+// start starts the process that holds the user's namespace until the test ends.
+func (l *Login) start(t testing.TB, holder *exec.Cmd) {
+	t.Helper()
+	if err := holder.Start(); err != nil {
 		t.Fatal(err)
 	}
-	l.in = []string{Tool(t, "nsenter"), fmt.Sprintf("--user=/proc/%d/ns/user", l.holder.Process.Pid), "--preserve-credentials", "--"}
+	l.holder = holder
 	t.Cleanup(func() {
-		_ = l.holder.Process.Kill() // Wait tells of nothing else
-		_ = l.holder.Wait()
+		_ = holder.Process.Kill() // Wait tells of nothing else
+		_ = holder.Wait()
 	})
-	return l
+}
+
+var userCount atomic.Int64
+
+// NewUser is NewLogin for one of several users, each of whom sees himself with a uid of his own. distinct tells whether they are different ones to the kernel too, which takes a bed that
+// root has made.
+func NewUser(t testing.TB) (l *Login, distinct bool) {
+	t.Helper()
+	Require(t)
+	i := int(userCount.Add(1)-1) % users
+	cmd := exec.Command(Tool(t, "sleep"), "1000000")
+	id := syscall.SysProcIDMap{ContainerID: OrdinaryUID + 1 + i, HostID: os.Geteuid(), Size: 1}
+	gid := syscall.SysProcIDMap{ContainerID: id.ContainerID, HostID: os.Getegid(), Size: 1}
+	l = &Login{uid: os.Geteuid()}
+	if b, err := os.ReadFile("/proc/self/uid_map"); err == nil && strings.Contains(strings.Join(strings.Fields(string(b)), " "), fmt.Sprint(firstUser, " ")) {
+		distinct = true
+		id.HostID, gid.HostID, l.uid = firstUser+i, firstUser+i, firstUser+i
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWUSER, UidMappings: []syscall.SysProcIDMap{id}, GidMappings: []syscall.SysProcIDMap{gid},
+		Credential: &syscall.Credential{Uid: uint32(id.ContainerID), Gid: uint32(id.ContainerID), NoSetGroups: true},
+	}
+	l.start(t, cmd)
+	l.in = []string{Tool(t, "nsenter"), fmt.Sprintf("--user=/proc/%d/ns/user", cmd.Process.Pid)}
+	if distinct {
+		l.in = append(l.in, fmt.Sprintf("--setuid=%d", id.ContainerID), fmt.Sprintf("--setgid=%d", id.ContainerID), "--")
+	} else { // whom the kernel takes for the tests' user is that one in there already
+		l.in = append(l.in, "--preserve-credentials", "--")
+	}
+	return l, distinct
+}
+
+// Own gives a file or directory to the user.
+func (l *Login) Own(t testing.TB, path string) {
+	t.Helper()
+	if err := os.Chown(path, l.uid, l.uid); err != nil && l.uid != os.Geteuid() {
+		t.Fatal(err)
+	}
+}
+
+// In is NS.Command as the user: the namespace is a host on which he is an ordinary one.
+func (l *Login) In(n *NS, name string, args ...string) *exec.Cmd {
+	return n.Command(l.in[0], append(append(append([]string{}, l.in[1:]...), name), args...)...)
 }
 
 // As makes cmd run as the user. It returns cmd, whose process it becomes.

@@ -10,7 +10,8 @@
 // machine who is root only in there. The chain of processes is
 //
 //	go test → outer: the process that go test started; it waits, relays signals and answers build requests
-//	        → drop:  only when outer is root: private mounts, a 0666 /dev/net/tun on a tmpfs, another uid; then as an ordinary user
+//	        → drop:  only when outer is root: private mounts, a 0666 /dev/net/tun on a tmpfs, another uid; then as an ordinary user. Further ordinary users are
+//	                 known inside for NewUser
 //	        → init:  PID 1 inside: private mounts, /proc, lo up, ping sockets open; it reaps orphans
 //	        → inside: the tests
 //

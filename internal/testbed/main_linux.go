@@ -134,7 +134,11 @@ func dropStage() {
 		}
 		_ = os.Setenv("PWD", wd)
 	}
-	// A root that is itself inside a user namespace may not know the uid; then it stays what it is.
+	// The change of uid clears what SysProcAttr.Pdeathsig has set; init asks for its own.
+	if code, err := startInit(os.Getenv(envPIDNS) == "1", true, os.NewFile(controlFD, "control"), self(), os.Args, os.Environ()); err == nil {
+		os.Exit(code)
+	}
+	// A root that is itself inside a user namespace may not know the uids; then there is one user, or it stays what it is.
 	if syscall.Setgroups(nil) == nil && syscall.Setresgid(nobody, nobody, nobody) == nil {
 		if err := syscall.Setresuid(nobody, nobody, nobody); err != nil {
 			giveUp("cannot become uid %d: %v", nobody, err)
@@ -164,15 +168,22 @@ func publicTUN() {
 
 // relay is the ordinary user: it starts init and ends as init ends.
 func relay() {
-	code, err := startInit(os.Getenv(envPIDNS) == "1", os.NewFile(controlFD, "control"), self(), os.Args, os.Environ())
+	code, err := startInit(os.Getenv(envPIDNS) == "1", false, os.NewFile(controlFD, "control"), self(), os.Args, os.Environ())
 	if err != nil {
 		giveUp("%v", err)
 	}
 	os.Exit(code)
 }
 
-// startInit starts this binary as init in new namespaces and waits for it. An error says why there can be none.
-func startInit(pidns bool, ctl *os.File, exe string, args, env []string) (int, error) {
+// users is how many further ordinary users there are inside where root has made the bed, from the uid firstUser inside and hostUser outside.
+const (
+	users     = 8
+	firstUser = 2001
+	hostUser  = 60001
+)
+
+// startInit starts this binary as init in new namespaces and waits for it. many, which takes root, gives it further users. An error says why there can be none.
+func startInit(pidns, many bool, ctl *os.File, exe string, args, env []string) (int, error) {
 	runtime.LockOSThread() // Pdeathsig means the thread
 	defer runtime.UnlockOSThread()
 	cmd := exec.Command(exe)
@@ -189,6 +200,11 @@ func startInit(pidns bool, ctl *os.File, exe string, args, env []string) (int, e
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}},
 		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}},
 		Pdeathsig:   syscall.SIGKILL,
+	}
+	if many {
+		ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: nobody, Size: 1}, {ContainerID: firstUser, HostID: hostUser, Size: users}}
+		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings, cmd.SysProcAttr.GidMappingsEnableSetgroups = ids, ids, true
+		cmd.SysProcAttr.Credential = &syscall.Credential{}
 	}
 	if err := cmd.Start(); err != nil {
 		return 0, fmt.Errorf("cannot create user and network namespaces: %w (see sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone and kernel.apparmor_restrict_unprivileged_userns)", err)

@@ -80,6 +80,9 @@ func (o *outerBed) prepare() error {
 			return err
 		}
 	}
+	if err := os.Chmod(filepath.Join(o.dir, "t"), 0o777|os.ModeSticky); err != nil { // as /tmp is: NewUser's users write there too
+		return err
+	}
 	// go test puts the binary into a directory that only root may enter.
 	exe := filepath.Join(o.dir, "bin", filepath.Base(o.exe))
 	if err := copyFile(exe, o.exe, 0o755); err != nil {
@@ -155,7 +158,7 @@ func (o *outerBed) run(pidns bool) (code int, reason string) {
 	if o.root {
 		code, err = o.startDrop(theirs, env)
 	} else {
-		code, err = startInit(pidns, theirs, o.exe, o.args, env)
+		code, err = startInit(pidns, false, theirs, o.exe, o.args, env)
 	}
 	theirs.Close()
 	// Everybody who held the other end is gone, or soon will be; a stage's last words come before that.
