@@ -43,8 +43,8 @@ func Example() {
 	done := make(chan error)
 	go func() { done <- n.Run(ctx) }()
 
-	// Port 80 of the container at 10.88.0.2 is the host's 127.0.0.1:41080 from here on.
-	spec, err := nat.ParseSpec("127.0.0.1:41080:80")
+	// Port 80 of the container at 10.88.0.2 is the host's 127.88.0.1:8088 from here on.
+	spec, err := nat.ParseSpec("127.88.0.1:8088:80")
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -62,7 +62,7 @@ func Example() {
 	stop()
 	fmt.Println("ended:", <-done)
 	// Output:
-	// published 127.0.0.1:41080:80/tcp ports open: 1
+	// published 127.88.0.1:8088:80/tcp ports open: 1
 	// twice: true
 	// ports open: 0
 	// ended: <nil>

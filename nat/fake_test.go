@@ -85,19 +85,23 @@ type dialNet struct {
 	srcs []netip.AddrPort
 }
 
-func (d *dialNet) DialTCP(ctx context.Context, src, dst netip.AddrPort) (stack.Conn, error) {
+func (d *dialNet) DialTCP(ctx context.Context, src, dst netip.AddrPort, done func(stack.Conn, error)) {
 	d.mu.Lock()
 	d.srcs = append(d.srcs, src)
 	d.mu.Unlock()
-	if dst.Port() == 9 {
-		<-ctx.Done()
-		return nil, ctx.Err()
-	}
-	c, err := new(net.Dialer).DialContext(ctx, "tcp", netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), dst.Port()).String())
-	if err != nil {
-		return nil, syscall.ECONNREFUSED
-	}
-	return tcpConn{c.(*net.TCPConn)}, nil
+	go func() {
+		if dst.Port() == 9 {
+			<-ctx.Done()
+			done(nil, ctx.Err())
+			return
+		}
+		c, err := new(net.Dialer).DialContext(ctx, "tcp", netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), dst.Port()).String())
+		if err != nil {
+			done(nil, syscall.ECONNREFUSED)
+			return
+		}
+		done(tcpConn{c.(*net.TCPConn)}, nil)
+	}()
 }
 
 // startNAT runs a NAT until the test ends and then holds that nothing is left of it.

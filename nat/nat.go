@@ -107,8 +107,21 @@ func (l Limits) withDefaults() Limits {
 	return l
 }
 
+// Fit is l with its defaults filled in, and no more flows than this process can have descriptors for: that there are fewer than l says is told to log, once where the result is what NATs are made with. It is what
+// each NAT does by itself.
+func (l Limits) Fit(log *slog.Logger) Limits {
+	l = l.withDefaults()
+	// The soft limit is the hard one already: Go's runtime has raised it, and puts it back for the programs it starts unless somebody sets it once more.
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err == nil && l.fit(int(min(files.Cur, 1<<30))) {
+		log.Warn("fewer flows than the limits say, since each needs a descriptor", "open files", files.Cur, "tcp", l.TCPFlows, "published tcp", l.PublishedFlows, "udp", l.UDPFlows,
+			"remedy", "raise the hard limit of open files (ulimit -Hn, LimitNOFILE=)")
+	}
+	return l
+}
+
 // fit makes flows few enough for a process that may have files open, so that no container takes the descriptors which published ports, the resolver and
-// the flows of others need. It reports whether it had to.
+// the flows of others need, unless a container's share is to be all of them. It reports whether it had to.
 func (l *Limits) fit(files int) (less bool) {
 	for _, f := range [...]struct {
 		total, each *int
@@ -118,7 +131,11 @@ func (l *Limits) fit(files int) (less bool) {
 		{&l.UDPFlows, &l.UDPFlowsPerContainer, 3}, {&l.PingFlows, &l.PingFlowsPerContainer, 1},
 	} {
 		if most := max(files*f.sixteenths/16, 4); *f.total > most {
-			*f.total, *f.each, less = most, min(*f.each, most/4), true
+			share := most / 4
+			if *f.each >= *f.total { // one container is to have all
+				share = most
+			}
+			*f.total, *f.each, less = most, min(*f.each, share), true
 		}
 	}
 	return less
@@ -158,7 +175,7 @@ func New(cfg Config) (*NAT, error) {
 	if cfg.Network == nil {
 		return nil, errors.New("nat: Config.Network is nil; give the gateway")
 	}
-	n := &NAT{net: cfg.Network, limits: cfg.Limits.withDefaults(), drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock, openUDP: cfg.OpenUDP, published: make(map[*Published]struct{}),
+	n := &NAT{net: cfg.Network, limits: cfg.Limits, drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock, openUDP: cfg.OpenUDP, published: make(map[*Published]struct{}),
 		journal: cfg.Journal, probes: pacer{every: time.Second / probesPerSecond}}
 	if n.drops == nil {
 		n.drops = new(frame.DropCounters)
@@ -169,12 +186,7 @@ func New(cfg Config) (*NAT, error) {
 	if n.now == nil {
 		n.now = time.Now
 	}
-	// The soft limit is the hard one already: Go's runtime has raised it, and puts it back for the programs it starts unless somebody sets it once more.
-	var files unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err == nil && n.limits.fit(int(min(files.Cur, 1<<30))) {
-		n.log.Warn("fewer flows than the limits say, since each needs a descriptor", "open files", files.Cur, "tcp", n.limits.TCPFlows, "published tcp", n.limits.PublishedFlows, "udp", n.limits.UDPFlows,
-			"remedy", "raise the hard limit of open files (ulimit -Hn, LimitNOFILE=)")
-	}
+	n.limits = n.limits.Fit(n.log)
 	n.hosts = newHostAddrs(n.now)
 	n.policy = &policy{network: n.net, internal: cfg.Internal, subnets: cfg.Subnets, hostLoopback: cfg.HostLoopback, allowLinkLocal: cfg.AllowLinkLocal, hosts: n.hosts}
 	var err error

@@ -16,8 +16,8 @@ type addrNet struct{}
 func (addrNet) Send([]frame.Frame)                                    {}
 func (addrNet) SendUnreachable(*stack.Packet, stack.Unreachable, int) {}
 func (addrNet) MTU() int                                              { return 1500 }
-func (addrNet) DialTCP(context.Context, netip.AddrPort, netip.AddrPort) (stack.Conn, error) {
-	return nil, context.Canceled
+func (addrNet) DialTCP(_ context.Context, _, _ netip.AddrPort, done func(stack.Conn, error)) {
+	done(nil, context.Canceled)
 }
 func (addrNet) Addr(v int) netip.Addr {
 	if v == 4 {

@@ -43,6 +43,7 @@ func (p *Published) listenTCP(given *givenSockets) error {
 		if err != nil {
 			return p.bindError(&b, err)
 		}
+		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) // whom it accepts inherits that
 		p.tcp[i].fd = int32(fd)
 	}
 	// Only a range that is whole is served.
@@ -149,9 +150,7 @@ func (l *tcpListener) serve(fd int, client netip.AddrPort) {
 		refuse()
 		return
 	}
-	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	ok := t.spawn(func() {
-		conn, err := t.dialInward(src, dst)
+	t.dialInward(src, dst, func(conn stack.Conn, err error) {
 		t.pubHalfOpen.give(container)
 		if err != nil {
 			t.pubFlows.give(container)
@@ -160,14 +159,9 @@ func (l *tcpListener) serve(fd int, client netip.AddrPort) {
 		}
 		slot := n.journal.put(addrPortOf(conn.RemoteAddr()), addrPortOf(conn.LocalAddr()), n.now())
 		if f := t.newFlow(t.pubFlows, container, fd, conn, slot); f != nil {
-			f.start(false)
+			f.startWith()
 		}
 	})
-	if !ok {
-		t.pubHalfOpen.give(container)
-		t.pubFlows.give(container)
-		refuse()
-	}
 }
 
 // addrPortOf is the address of one side of a TCP connection.
@@ -184,25 +178,37 @@ type inwardDial struct {
 	cancel    context.CancelFunc
 }
 
-// dialInward connects to the container endpoint dst from src. It blocks for Limits.DialTimeout at most, less when the container is forgotten.
-func (t *tcpNAT) dialInward(src, dst netip.AddrPort) (stack.Conn, error) {
+// dialInward connects to the container endpoint dst from src. It does not block; done is called as stack.Network says, within Limits.DialTimeout, or sooner when the container is forgotten or the NAT
+// is closed. close waits for it.
+func (t *tcpNAT) dialInward(src, dst netip.AddrPort, done func(stack.Conn, error)) {
 	ctx, cancel := context.WithTimeout(t.ctx, t.n.limits.DialTimeout)
-	defer cancel()
 	d := &inwardDial{container: dst.Addr(), cancel: cancel}
 	t.mu.Lock()
+	if t.closed {
+		t.mu.Unlock()
+		cancel()
+		done(nil, net.ErrClosed)
+		return
+	}
 	t.inward[d] = struct{}{}
+	t.wg.Add(1)
 	t.mu.Unlock()
-	defer func() {
+	end := func(conn stack.Conn, err error) {
+		defer t.wg.Done()
 		t.mu.Lock()
 		delete(t.inward, d)
 		t.mu.Unlock()
-	}()
-	conn, err := t.n.net.DialTCP(ctx, src, dst)
-	if errors.Is(err, unix.EADDRINUSE) && src.Port() != 0 {
-		// The client came from one port of its own to two published ports of one container port. Its address is still true.
-		return t.n.net.DialTCP(ctx, netip.AddrPortFrom(src.Addr(), 0), dst)
+		done(conn, err)
+		cancel()
 	}
-	return conn, err
+	t.n.net.DialTCP(ctx, src, dst, func(conn stack.Conn, err error) {
+		if errors.Is(err, unix.EADDRINUSE) && src.Port() != 0 {
+			// The client came from one port of its own to two published ports of one container port. Its address is still true.
+			t.n.net.DialTCP(ctx, netip.AddrPortFrom(src.Addr(), 0), dst, end)
+			return
+		}
+		end(conn, err)
+	})
 }
 
 // shed takes one waiting client off listener and resets it, with the descriptor kept in reserve for this: the process has no other left, and

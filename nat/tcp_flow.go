@@ -92,16 +92,30 @@ func (t *tcpNAT) newFlow(q *quota, container netip.Addr, fd int, conn stack.Conn
 // start lets the bytes flow. watched says that the poller has the socket already.
 func (f *tcpFlow) start(watched bool) {
 	var err error
-	if watched {
+	f.wr.Lock()
+	switch {
+	case f.closed:
+	case watched:
 		err = f.t.n.streams.rewatch(f.fd, flowEvents, f)
-	} else {
+	default:
 		err = f.t.n.streams.add(f.fd, flowEvents, f)
 	}
+	f.wr.Unlock()
 	if err != nil {
 		f.abort()
 		return
 	}
 	f.conn.Pump(f, f.containerEnd)
+}
+
+// startWith is start for a host's socket that the poller does not have yet and that probably has something to say, as a client has that was let in. What it has is in the frame
+// that ends the container's handshake, and the loop is not woken for it.
+func (f *tcpFlow) startWith() {
+	b := f.t.bufs.get(false)
+	f.down.Store(downBusy)
+	f.download(b.b, 1)
+	f.t.bufs.put(b)
+	f.start(false)
 }
 
 // finish closes both sides and takes the flow off the books. It does not wait. Idempotent.
@@ -182,11 +196,13 @@ func (f *tcpFlow) containerEnd(err error) {
 		return
 	}
 	f.first.CompareAndSwap(0, fromContainer) // before the host can answer
-	f.wr.Lock()
-	if !f.closed {
-		_ = unix.Shutdown(f.fd, unix.SHUT_WR) // a peer that is gone needs no FIN
+	if f.ended.Load() == 0 {                 // else the flow ends now, and its close sends the FIN
+		f.wr.Lock()
+		if !f.closed {
+			_ = unix.Shutdown(f.fd, unix.SHUT_WR) // a peer that is gone needs no FIN
+		}
+		f.wr.Unlock()
 	}
-	f.wr.Unlock()
 	f.eof()
 }
 

@@ -86,6 +86,10 @@ func TestFlowsLeaveDescriptors(t *testing.T) {
 			t.Errorf("%d files: one container may have nearly all: %+v", files, l)
 		}
 	}
+	alone := Limits{TCPFlowsPerContainer: 1 << 20}.withDefaults()
+	if alone.fit(1024); alone.TCPFlowsPerContainer != alone.TCPFlows || alone.UDPFlowsPerContainer != alone.UDPFlows/4 {
+		t.Errorf("all for one: %+v", alone)
+	}
 	var r unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
 		t.Fatal(err)

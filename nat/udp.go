@@ -35,11 +35,10 @@ type udpNAT struct {
 	rx     *recvBatch // the loop's
 	errors budgets
 	peers  atomic.Int64 // held by all flows; see flow.learn
-	mtu    int          // of the network, read once
 }
 
 func newUDP(n *NAT) (*udpNAT, error) {
-	u := &udpNAT{n: n, net: n.net, drops: n.drops, policy: n.policy, loop: n.packets, now: n.now, mtu: n.net.MTU(), rx: newRecvBatch()}
+	u := &udpNAT{n: n, net: n.net, drops: n.drops, policy: n.policy, loop: n.packets, now: n.now, rx: newRecvBatch()}
 	u.errors.rate = errorsPerSecond
 	u.flows = newFlowTable(u, n.limits.UDPFlows, n.limits.UDPFlowsPerContainer, func(f *flow) time.Duration { return udpIdle(f, &n.limits) })
 	u.flows.open = openUDPFlow(ephemeralPorts())
@@ -94,7 +93,7 @@ func (c *outbound) packet(p *stack.Packet) {
 		}
 		c.src, c.dst, c.routed = src, dst, true
 	}
-	it := sendItem{sock: c.route.sock, dst: c.route.dst, from: c.route.from, data: data, tos: p.IP.TOS, ttl: hop(p.IP.TTL), df: p.IP.DontFragment && p.IP.Len <= u.mtu, pkt: p}
+	it := sendItem{sock: c.route.sock, dst: c.route.dst, from: c.route.from, data: data, tos: p.IP.TOS, ttl: hop(p.IP.TTL), df: p.IP.DontFragment && p.IP.Len <= u.net.MTU(), pkt: p}
 	if p.Frame.Hdr.GSO() == wire.GSOUDPL4 && int(p.Frame.Hdr.GSOSize) < len(data) {
 		it.seg, it.df = int(p.Frame.Hdr.GSOSize), p.IP.DontFragment
 	}
@@ -173,9 +172,9 @@ func (u *udpNAT) gsoFits(s *packetSock) int {
 		return -1
 	}
 	if s.v6 && !s.dual {
-		return u.mtu - wire.IPv6Len - wire.UDPLen
+		return u.net.MTU() - wire.IPv6Len - wire.UDPLen
 	}
-	return u.mtu - wire.IPv4Len - wire.UDPLen
+	return u.net.MTU() - wire.IPv4Len - wire.UDPLen
 }
 
 // receive takes what waits on s and gives each message to f, which queues frames on u.rx. It is called on the loop.

@@ -196,8 +196,8 @@ func (n *bedNet) refusals(why stack.Unreachable) int {
 	return n.unreachable[why]
 }
 
-func (n *bedNet) DialTCP(context.Context, netip.AddrPort, netip.AddrPort) (stack.Conn, error) {
-	return nil, net.ErrClosed
+func (n *bedNet) DialTCP(_ context.Context, _, _ netip.AddrPort, done func(stack.Conn, error)) {
+	done(nil, net.ErrClosed)
 }
 
 func (n *bedNet) Addr(v int) netip.Addr {

@@ -20,7 +20,7 @@ type Config struct {
 	// HostAliases are addresses that mean "the host". Those inside a subnet are answered for in ARP and ND; packets to them go to
 	// the handlers as to any other address. The first of each IP version is what HostAlias returns.
 	HostAliases []netip.Addr
-	// MTU is the network's, in bytes of IP packet: 1280 (576 without IPv6) to 65535. Default 1500.
+	// MTU is the network's, in bytes of IP packet: 1280 (576 without IPv6) to 65535. Default 1500. SetMTU changes it.
 	MTU int
 	// Handlers is who gets what the gateway sorts out.
 	Handlers Handlers

@@ -37,6 +37,7 @@ type conn struct {
 	passive        bool        // the container opened it
 	closeLater     atomic.Bool // Close was called while it shook hands
 	reset          atomic.Bool
+	dial           atomic.Pointer[dialing]
 	fate           atomic.Pointer[error] // what ended the connection; netstack tells that only once
 
 	// Segments that came while somebody had the endpoint's lock. Users of the endpoint count themselves in busy and look at the backlog
@@ -85,7 +86,7 @@ func (c *conn) dead() bool {
 	return st == tcp.StateClose || st == tcp.StateError
 }
 
-// endTimeWait ends TIME-WAIT for the sake of a new SYN. It is false in every other state.
+// endTimeWait ends TIME-WAIT, and is true when it did; see netstack.init.
 func (c *conn) endTimeWait() bool {
 	if c.ep.EndpointState() != tcp.StateTimeWait || !c.ep.TryLock() {
 		return false
@@ -122,6 +123,9 @@ func (c *conn) NotifyEvent(mask waiter.EventMask) {
 	}
 	if mask&(waiter.WritableEvents|waiter.EventHUp|waiter.EventErr) != 0 {
 		wake(c.wr)
+		if c.dial.Load() != nil && c.inline.Load() == 0 {
+			go c.settle() // one of netstack's timers has the endpoint
+		}
 	}
 	if c.closeLater.Load() && c.up.Load() && !c.connecting() {
 		go c.closeNow()

@@ -123,9 +123,11 @@ type Network interface {
 	Send(fs []frame.Frame)
 	// SendUnreachable answers packet p with the ICMP error for why, rate-limited. mtu is used by UnreachTooBig alone.
 	SendUnreachable(p *Packet, why Unreachable, mtu int)
-	// DialTCP opens a connection into the network from src, which may be any unicast address (the true client of a published port), to
-	// dst. It returns syscall.ECONNREFUSED when the container refuses and ctx.Err() when ctx ends first.
-	DialTCP(ctx context.Context, src, dst netip.AddrPort) (Conn, error)
+	// DialTCP begins to open a connection into the network from src, which may be any unicast address (the true client of a published port), to
+	// dst, and does not wait for it. done is called once, with no lock held, on whatever goroutine learns the outcome: the one that reads the network, so it must not
+	// block, or the caller's before DialTCP returns. Its error is syscall.ECONNREFUSED when the container refuses, ctx.Err() when ctx ends first, and syscall.EADDRINUSE when src
+	// has a connection to dst. What ctx does once done was called does not matter.
+	DialTCP(ctx context.Context, src, dst netip.AddrPort, done func(Conn, error))
 	// Addr is the gateway's own address of IP version 4 or 6, or the zero Addr.
 	Addr(version int) netip.Addr
 	// HostAlias is the address that means "the host" on this network, of IP version 4 or 6, or the zero Addr.

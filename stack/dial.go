@@ -12,8 +12,50 @@ import (
 	"patchbay/frame"
 )
 
-// DialTCP opens a connection into the network; see Network. A src without an address is the gateway's own, one without a port gets one.
-func (g *Gateway) DialTCP(ctx context.Context, src, dst netip.AddrPort) (Conn, error) {
+// dialing is a connection that DialTCP has begun. Whoever takes it off the connection calls done.
+type dialing struct {
+	done func(Conn, error)
+	stop func() bool // ends the watching of the dial's context
+}
+
+// DialTCP begins to open a connection into the network; see Network. A src without an address is the gateway's own, one without a port gets one.
+func (g *Gateway) DialTCP(ctx context.Context, src, dst netip.AddrPort, done func(Conn, error)) {
+	c, err := g.newDial(ctx, src, dst)
+	if err != nil {
+		done(nil, err)
+		return
+	}
+	d := &dialing{done: done}
+	d.stop = context.AfterFunc(ctx, func() {
+		if c.dial.CompareAndSwap(d, nil) {
+			c.Close()
+			done(nil, ctx.Err())
+		}
+	})
+	c.dial.Store(d)
+	c.enter()
+	terr := c.ep.Connect(tcpip.FullAddress{NIC: nicID, Addr: toAddress(dst.Addr()), Port: dst.Port()})
+	c.leave()
+	switch terr.(type) {
+	case *tcpip.ErrConnectStarted, nil:
+		c.settle()
+	default:
+		err := c.errFor("dial", terr)
+		c.Close()
+		g.flows.remove(c)
+		if c.dial.CompareAndSwap(d, nil) {
+			d.stop()
+			done(nil, err)
+		}
+	}
+	if ctx.Err() != nil && c.dial.CompareAndSwap(d, nil) { // it ended before there was a dial to end
+		c.Close()
+		done(nil, ctx.Err())
+	}
+}
+
+// newDial makes the endpoint of a dial, and gives it its place in the table of connections.
+func (g *Gateway) newDial(ctx context.Context, src, dst netip.AddrPort) (*conn, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -58,35 +100,26 @@ func (g *Gateway) DialTCP(ctx context.Context, src, dst netip.AddrPort) (Conn, e
 		c.ep.Close()
 		return nil, opError("dial", c.local, dst, syscall.EADDRINUSE)
 	}
-	switch terr := c.ep.Connect(tcpip.FullAddress{NIC: nicID, Addr: toAddress(dst.Addr()), Port: dst.Port()}).(type) {
-	case *tcpip.ErrConnectStarted, nil:
-	default:
-		err := c.errFor("dial", terr)
-		c.Close()
-		g.flows.remove(c)
-		return nil, err
+	return c, nil
+}
+
+// settle tells the one who dialed what came of it, once that is known. It is called with no lock held, after whatever may have changed the endpoint's state.
+func (c *conn) settle() {
+	d := c.dial.Load()
+	if d == nil || c.connecting() || !c.dial.CompareAndSwap(d, nil) {
+		return
 	}
-	for {
-		switch c.ep.EndpointState() {
-		case tcp.StateInitial, tcp.StateBound, tcp.StateConnecting, tcp.StateSynSent, tcp.StateSynRecv:
-		case tcp.StateError, tcp.StateClose:
-			err := error(syscall.ECONNABORTED)
-			if terr := c.ep.LastError(); terr != nil {
-				err = errnoOf(terr)
-			}
-			err = opError("dial", c.local, dst, err)
-			c.Close()
-			return nil, err
-		default:
-			return c, nil
-		}
-		select {
-		case <-c.wr:
-		case <-ctx.Done():
-			c.Close()
-			return nil, ctx.Err()
-		}
+	d.stop()
+	if !c.dead() {
+		d.done(c, nil)
+		return
 	}
+	err := error(syscall.ECONNABORTED)
+	if terr := c.ep.LastError(); terr != nil {
+		err = errnoOf(terr)
+	}
+	c.Close()
+	d.done(nil, opError("dial", c.local, c.remote, err))
 }
 
 // version is 4 or 6.

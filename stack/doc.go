@@ -21,7 +21,7 @@
 // A segment that meets a locked endpoint (its user is writing, say) waits in the connection's backlog, and whoever has the endpoint works that off
 // when done. Only behind one of netstack's timers does a segment take netstack's own way.
 //
-// TIME-WAIT lasts a millisecond, and ends at once for a new SYN: guests reuse ports quickly, and the host's own socket behind the connection keeps the real one.
+// TIME-WAIT ends when its last acknowledgement is out: guests reuse ports quickly, and the host's own socket behind the connection keeps the real one.
 //
 // What netstack sends leaves as superframes of up to 64 KiB with a virtio header, by way of a small list of ingress handles of the gateway's port.
 //
@@ -47,7 +47,10 @@
 // that sends into a window announced when there was more room loses segments (drop reason memory) and sends them again.
 //
 // Not done here: anti-spoofing (the switch binds ports to addresses; the gateway only refuses sources outside its subnets), path MTU discovery inside
-// the network (all its links have the same MTU), IPv4 source routes, TCP Fast Open (data in a SYN is ignored and sent again by its sender).
+// the network (a link that carries less than the others, which is a tunnel, says so, and AnswerTooBig tells the sender), IPv4 source routes, TCP Fast Open (data in a SYN is ignored and sent again by its sender).
+//
+// Netstack acknowledges selectively (SACK) in the state ESTABLISHED alone. Where the outside has ended its direction and the container goes on sending, what gets lost on the container's line is repaired
+// one segment a round trip, or after a timeout: a TAP loses nothing, but a virtual machine's or a tunnelled line may.
 //
 // # References
 //

@@ -24,7 +24,7 @@ func (g *Gateway) sendFragments(t *tx, f *frame.Frame, mac wire.MAC) {
 	if ip.Version == 6 {
 		hdr += 8 // the fragment header
 	}
-	step := (g.mtu - hdr) &^ 7
+	step := (g.MTU() - hdr) &^ 7
 	payload := d[ip.HdrLen:ip.Len]
 	id := g.ipID.Add(1)
 	for off := 0; off < len(payload); off += step {

@@ -25,14 +25,14 @@ type Gateway struct {
 	net4, net6 netip.Prefix // subnets, masked
 	bcast4     netip.Addr   // directed broadcast of net4
 	aliases    map[netip.Addr]struct{}
-	mtu        int
+	mtu        atomic.Int64
 
 	tx    txList
 	nb    neighbors
 	frags reassembly
-	errs  sourceTokens // ICMP errors and resets
-	ras   tokens       // answers to router solicitations
-	raPkt []byte       // a router advertisement, complete but for its destination
+	errs  sourceTokens           // ICMP errors and resets
+	ras   tokens                 // answers to router solicitations
+	ra    atomic.Pointer[[]byte] // a router advertisement, complete but for its destination; nil where there is none
 	ipID  atomic.Uint32
 
 	tcp     netstack
@@ -72,10 +72,10 @@ func newGateway(cfg Config) (*Gateway, error) {
 		mac:   cfg.MAC,
 		drops: cfg.Drops,
 		log:   cfg.Logger,
-		mtu:   cfg.MTU,
 		stop:  make(chan struct{}),
 		done:  make(chan struct{}),
 	}
+	g.mtu.Store(int64(cfg.MTU))
 	g.aliases = make(map[netip.Addr]struct{}, len(cfg.HostAliases))
 	for _, a := range cfg.HostAliases {
 		g.aliases[a] = struct{}{}
@@ -95,11 +95,11 @@ func newGateway(cfg Config) (*Gateway, error) {
 	g.errs.init(cfg.ICMPErrorRate, max(cfg.ICMPErrorRate/10, 1))
 	g.ras.init(20, 20)
 	if g.own6.IsValid() && !cfg.RA.Off {
-		pkt, err := g.buildRA()
+		pkt, err := g.buildRA(cfg.MTU)
 		if err != nil {
 			return nil, err
 		}
-		g.raPkt = pkt
+		g.ra.Store(&pkt)
 	}
 	g.flows.init()
 	g.mem.limit = int64(cfg.TCP.MaxMemory)
@@ -111,7 +111,7 @@ func newGateway(cfg Config) (*Gateway, error) {
 // something to send and every handle made so far is in use, so there are as many as ever sent at once. Call it once, before the first frame.
 func (g *Gateway) Connect(newSink func() frame.Sink) {
 	g.tx.connect(newSink)
-	if g.raPkt != nil {
+	if g.ra.Load() != nil {
 		g.sendRA(allNodes, wire.MAC{0x33, 0x33, 0, 0, 0, 1})
 	}
 }
@@ -144,7 +144,28 @@ func (g *Gateway) Drops() *frame.DropCounters { return g.drops }
 func (g *Gateway) MAC() wire.MAC { return g.mac }
 
 // MTU is the network's, in bytes of IP packet.
-func (g *Gateway) MTU() int { return g.mtu }
+func (g *Gateway) MTU() int { return int(g.mtu.Load()) }
+
+// SetMTU changes the network's MTU: what the gateway sends from now on is cut to it, and hosts that listen to router advertisements are told at once. The bounds are those of
+// Config.MTU; on error nothing has changed.
+func (g *Gateway) SetMTU(mtu int) error {
+	cfg := g.cfg
+	cfg.MTU = mtu
+	if err := cfg.withDefaults(); err != nil {
+		return err
+	}
+	if g.ra.Load() != nil {
+		pkt, err := g.buildRA(mtu)
+		if err != nil {
+			return err
+		}
+		g.ra.Store(&pkt)
+	}
+	if g.mtu.Swap(int64(mtu)) != int64(mtu) && g.ra.Load() != nil {
+		g.sendRA(allNodes, wire.MAC{0x33, 0x33, 0, 0, 0, 1})
+	}
+	return nil
+}
 
 // Addr is the gateway's own address of IP version 4 or 6, or the zero Addr.
 func (g *Gateway) Addr(version int) netip.Addr {
@@ -214,7 +235,7 @@ func (g *Gateway) housekeeping() {
 		g.frags.expire(now)
 		g.ageNeighbors(now)
 		g.sweepMemory()
-		if g.raPkt != nil && !now.Before(nextRA) {
+		if g.ra.Load() != nil && !now.Before(nextRA) {
 			g.sendRA(allNodes, wire.MAC{0x33, 0x33, 0, 0, 0, 1})
 			nextRA = now.Add(g.cfg.RA.Interval)
 			if initial--; initial > 0 {

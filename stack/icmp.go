@@ -141,17 +141,24 @@ func (g *Gateway) sendError(ip *wire.IP, data []byte, why Unreachable, mtu int) 
 
 // sendICMPError sends an ICMP error that quotes data, where RFC 1122 §3.2.2 and RFC 4443 §2.4 allow one.
 func (g *Gateway) sendICMPError(ip *wire.IP, data []byte, src netip.Addr, typ, code byte, rest uint32) {
+	if r := g.icmpError(ip, data, src, typ, code, rest); r != nil {
+		g.sendOne(r)
+	}
+}
+
+// icmpError is such an error with room for the Ethernet header in front, or nil where none is allowed.
+func (g *Gateway) icmpError(ip *wire.IP, data []byte, src netip.Addr, typ, code byte, rest uint32) []byte {
 	if g.isGroup(ip.Dst) || !g.validSource(ip.Src) || ip.FragOff != 0 || !src.IsValid() {
-		return
+		return nil
 	}
 	// Never an error about an error.
-	if t := data[min(ip.HdrLen, len(data)-1)]; ip.Proto == wire.ProtoICMP && ip.Version == 4 && t != icmpEcho ||
+	if t := data[min(ip.HdrLen, len(data)-1)]; ip.Proto == wire.ProtoICMP && ip.Version == 4 && t != icmpEcho && t != icmpEchoReply ||
 		ip.Proto == wire.ProtoICMPv6 && t < 128 {
-		return
+		return nil
 	}
 	if !g.errs.take(ip.Src) {
 		g.drops.Add(frame.DropServiceLimit, 1)
-		return
+		return nil
 	}
 	hdr, proto, limit := wire.IPv4Len, wire.ProtoICMP, minMTU4
 	if ip.Version == 6 {
@@ -164,5 +171,5 @@ func (g *Gateway) sendICMPError(ip *wire.IP, data []byte, src netip.Addr, typ, c
 	binary.BigEndian.PutUint32(q[4:], rest)
 	copy(q[wire.ICMPLen:], data[:quote])
 	g.finishICMP(r, hdr, proto, src, ip.Src, 0)
-	g.sendOne(r)
+	return r
 }

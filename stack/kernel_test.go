@@ -452,6 +452,18 @@ func TestBulk(t *testing.T) {
 	}
 }
 
+// dialTCP is DialTCP for one who waits.
+func dialTCP(ctx context.Context, g *Gateway, src, dst netip.AddrPort) (Conn, error) {
+	type outcome struct {
+		c   Conn
+		err error
+	}
+	got := make(chan outcome, 1) // a second outcome would block
+	g.DialTCP(ctx, src, dst, func(c Conn, err error) { got <- outcome{c, err} })
+	o := <-got
+	return o.c, o.err
+}
+
 func TestDialTCP(t *testing.T) {
 	testbed.Leaks(t)
 	w := newWorld(t, testConfig(), tap.OpenConfig{})
@@ -464,7 +476,7 @@ func TestDialTCP(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		for _, src := range []netip.AddrPort{netip.AddrPortFrom(c.src, 40000), netip.AddrPortFrom(c.src, 0), {}} {
-			s, err := w.gw.DialTCP(ctx, src, netip.AddrPortFrom(c.dst, 8080))
+			s, err := dialTCP(ctx, w.gw, src, netip.AddrPortFrom(c.dst, 8080))
 			if err != nil {
 				t.Fatalf("from %v: %v; drops %v", src, err, drops(w.gw))
 			}
@@ -491,14 +503,14 @@ func TestDialTCP(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				s2, err := w.gw.DialTCP(ctx, src, netip.AddrPortFrom(c.dst, 8081))
+				s2, err := dialTCP(ctx, w.gw, src, netip.AddrPortFrom(c.dst, 8081))
 				if err != nil {
 					t.Errorf("second connection from %v: %v", src, err)
 				} else {
 					s2.Reset()
 				}
 				l2.Close()
-				if _, err := w.gw.DialTCP(ctx, src, netip.AddrPortFrom(c.dst, 8080)); !errors.Is(err, syscall.EADDRINUSE) {
+				if _, err := dialTCP(ctx, w.gw, src, netip.AddrPortFrom(c.dst, 8080)); !errors.Is(err, syscall.EADDRINUSE) {
 					t.Errorf("same connection again: %v", err)
 				}
 			}
@@ -508,7 +520,7 @@ func TestDialTCP(t *testing.T) {
 		// The same client port again and again, as from a client that reuses it.
 		for i := range 50 {
 			src := netip.AddrPortFrom(c.src, 50000)
-			s, err := w.gw.DialTCP(ctx, src, netip.AddrPortFrom(c.dst, 8080))
+			s, err := dialTCP(ctx, w.gw, src, netip.AddrPortFrom(c.dst, 8080))
 			if err != nil {
 				t.Fatalf("round %d: %v", i, err)
 			}
@@ -521,15 +533,15 @@ func TestDialTCP(t *testing.T) {
 			in.Close()
 			testbed.Eventually(t, patience, func() bool { return s.(*conn).dead() })
 		}
-		if _, err := w.gw.DialTCP(ctx, netip.AddrPortFrom(c.src, 0), netip.AddrPortFrom(c.dst, 9)); !errors.Is(err, syscall.ECONNREFUSED) {
+		if _, err := dialTCP(ctx, w.gw, netip.AddrPortFrom(c.src, 0), netip.AddrPortFrom(c.dst, 9)); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("closed port: %v", err)
 		}
 		short, stop := context.WithTimeout(context.Background(), 100*time.Millisecond)
-		if _, err := w.gw.DialTCP(short, netip.AddrPortFrom(c.src, 0), netip.AddrPortFrom(c.dst.Next(), 9)); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := dialTCP(short, w.gw, netip.AddrPortFrom(c.src, 0), netip.AddrPortFrom(c.dst.Next(), 9)); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("container that is not there: %v", err)
 		}
 		stop()
-		if _, err := w.gw.DialTCP(ctx, netip.AddrPortFrom(c.src, 0), netip.AddrPortFrom(c.src, 9)); !errors.Is(err, syscall.EHOSTUNREACH) {
+		if _, err := dialTCP(ctx, w.gw, netip.AddrPortFrom(c.src, 0), netip.AddrPortFrom(c.src, 9)); !errors.Is(err, syscall.EHOSTUNREACH) {
 			t.Errorf("address outside the network: %v", err)
 		}
 	}

@@ -24,7 +24,7 @@ var (
 	_ gstack.GSOEndpoint  = (*link)(nil)
 )
 
-func (l *link) MTU() uint32                             { return uint32(l.g.mtu) }
+func (l *link) MTU() uint32                             { return uint32(l.g.MTU()) }
 func (l *link) SetMTU(uint32)                           {}
 func (l *link) MaxHeaderLength() uint16                 { return 0 }
 func (l *link) LinkAddress() tcpip.LinkAddress          { return "" }

@@ -125,7 +125,7 @@ func (g *Gateway) handleRS(d []byte, ip *wire.IP, m []byte) {
 		g.learn(ip.Src, mac, true)
 	}
 	switch {
-	case g.raPkt == nil:
+	case g.ra.Load() == nil:
 		g.drops.Add(frame.DropNotForGateway, 1)
 	case !g.ras.take():
 		g.drops.Add(frame.DropServiceLimit, 1)
@@ -155,8 +155,9 @@ func (g *Gateway) sendNS(ip netip.Addr) {
 
 // sendRA sends the prepared advertisement to one address.
 func (g *Gateway) sendRA(dst netip.Addr, mac wire.MAC) {
-	r := make([]byte, wire.EthernetLen+wire.IPv6Len+len(g.raPkt))
-	copy(r[wire.EthernetLen+wire.IPv6Len:], g.raPkt)
+	pkt := *g.ra.Load()
+	r := make([]byte, wire.EthernetLen+wire.IPv6Len+len(pkt))
+	copy(r[wire.EthernetLen+wire.IPv6Len:], pkt)
 	g.sendICMPv6(r, g.link6, dst, mac)
 }
 
@@ -170,7 +171,7 @@ func (g *Gateway) sendICMPv6(r []byte, src, dst netip.Addr, mac wire.MAC) {
 }
 
 // buildRA makes the router advertisement (RFC 4861 §4.2, RFC 8106 §5), an ICMPv6 message with no checksum yet.
-func (g *Gateway) buildRA() ([]byte, error) {
+func (g *Gateway) buildRA(mtu int) ([]byte, error) {
 	c := &g.cfg.RA
 	life := uint32(c.Lifetime.Seconds())
 	b := make([]byte, 16, 256)
@@ -181,7 +182,7 @@ func (g *Gateway) buildRA() ([]byte, error) {
 	b = append(b, ndSourceLink, 1)
 	b = append(b, g.mac[:]...)
 	b = append(b, ndMTU, 1, 0, 0)
-	b = binary.BigEndian.AppendUint32(b, uint32(g.mtu))
+	b = binary.BigEndian.AppendUint32(b, uint32(mtu))
 	if !c.NoPrefix {
 		p := c.Prefix
 		if !p.IsValid() {
@@ -234,8 +235,8 @@ func (g *Gateway) buildRA() ([]byte, error) {
 		}
 		b[at+1] = byte((len(b) - at) / 8)
 	}
-	if wire.IPv6Len+len(b) > g.mtu {
-		return nil, fmt.Errorf("router advertisement of %d bytes does not fit the MTU of %d; give fewer resolvers or search domains", wire.IPv6Len+len(b), g.mtu)
+	if wire.IPv6Len+len(b) > mtu {
+		return nil, fmt.Errorf("router advertisement of %d bytes does not fit the MTU of %d; give fewer resolvers or search domains", wire.IPv6Len+len(b), mtu)
 	}
 	return b, nil
 }

@@ -54,8 +54,8 @@ func (n *netstack) init(g *Gateway) error {
 	})
 	sack := tcpip.TCPSACKEnabled(true)
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
-	// A guest's kernel reuses a port as soon as it likes, and a SYN that meets our TIME-WAIT would be lost. The host's own socket behind
-	// this connection keeps the real TIME-WAIT.
+	// There is no TIME-WAIT: a guest's kernel reuses a port as soon as it likes, and a SYN that meets our TIME-WAIT would be lost. The host's own socket behind
+	// this connection keeps the real one. A guest whose FIN comes again, since our last acknowledgement was lost, gets a reset, which ends its LAST-ACK as well.
 	timeWait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	cc := tcpip.CongestionControlOption(c.CongestionControl)
 	rto := tcpip.TCPMinRTOOption(minRTO)

@@ -128,6 +128,7 @@ func (c *conn) kick() {
 func (c *conn) afterSegments() {
 	c.deliver()
 	c.inline.Add(-1)
+	c.settle()
 	if c.ready.Load() {
 		c.announce()
 	}

@@ -176,7 +176,7 @@ func (r *request) Unreachable(why Unreachable) {
 			r.g.reset(r.packet())
 			return
 		}
-		r.g.sendError(&r.ip, r.syn, why, r.g.mtu)
+		r.g.sendError(&r.ip, r.syn, why, r.g.MTU())
 	}
 }
 

@@ -23,8 +23,8 @@ const (
 	tcpACK
 )
 
-// timeWait is how long a closed connection of ours stays in TIME-WAIT; see netstack.init.
-const timeWait = time.Millisecond
+// timeWait bounds TIME-WAIT where processOnce does not end it, because somebody else had the endpoint.
+const timeWait = time.Second
 
 // flowShards spreads the table of connections over as many locks.
 const flowShards = 64
@@ -247,6 +247,9 @@ func (c *conn) processOnce() {
 	c.ack.open()
 	run(c.ep)
 	c.afterSegments()
+	if c.endTimeWait() { // here and not by a timer, which costs each connection a wake-up of another thread
+		c.g.flows.remove(c)
+	}
 	c.ack.flush(c.g)
 	c.count()
 	c.busy.Add(-1)

@@ -85,17 +85,18 @@ func (g *Gateway) Send(fs []frame.Frame) {
 		return
 	}
 	defer g.tx.put(t)
+	mtu := g.MTU()
 	start := 0 // of the run of frames that can go as they are
 	for i := range fs {
 		f := &fs[i]
-		if g.address(f) && (f.Superframe() || len(f.Data) <= wire.EthernetLen+g.mtu) {
+		if g.address(f) && (f.Superframe() || len(f.Data) <= wire.EthernetLen+mtu) {
 			continue
 		}
 		if start < i {
 			t.sink.Forward(fs[start:i])
 		}
 		start = i + 1
-		if len(f.Data) > wire.EthernetLen+g.mtu && !f.Superframe() && len(f.Data) >= wire.EthernetLen+wire.IPv4Len {
+		if len(f.Data) > wire.EthernetLen+mtu && !f.Superframe() && len(f.Data) >= wire.EthernetLen+wire.IPv4Len {
 			if mac, ok := g.macFor(packetDst(f.Data)); ok {
 				g.sendFragments(t, f, mac)
 				continue

@@ -179,7 +179,7 @@ func (s *Server) reply(m *dhcpv4.DHCPv4, t dhcpv4.MessageType, l Lease) {
 	s.options(r, l)
 	limit := minMessage
 	if n, err := m.MaxMessageSize(); err == nil {
-		limit = max(limit, min(int(n), s.c.MTU)-wire.IPv4Len-wire.UDPLen)
+		limit = max(limit, min(int(n), s.networkMTU())-wire.IPv4Len-wire.UDPLen)
 	}
 	for _, o := range []dhcpv4.OptionCode{dhcpv4.OptionDNSDomainSearchList, dhcpv4.OptionClientIdentifier} {
 		if len(r.ToBytes()) > limit {
@@ -207,7 +207,8 @@ func (s *Server) options(r *dhcpv4.DHCPv4, l Lease) {
 		ips[i] = a.AsSlice()
 	}
 	r.UpdateOption(dhcpv4.OptDNS(ips...))
-	r.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionInterfaceMTU, []byte{byte(s.c.MTU >> 8), byte(s.c.MTU)}))
+	mtu := s.networkMTU()
+	r.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionInterfaceMTU, []byte{byte(mtu >> 8), byte(mtu)}))
 	if s.c.Domain != "" {
 		r.UpdateOption(dhcpv4.OptDomainName(s.c.Domain))
 	}

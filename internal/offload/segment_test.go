@@ -141,18 +141,21 @@ func TestZeroChecksum(t *testing.T) {
 func TestSegmentRefuses(t *testing.T) {
 	good := super(shape{payload: 5000, size: 1448, flags: wire.TCPAck})
 	for name, edit := range map[string]func(f *frame.Frame){
-		"finished":       func(f *frame.Frame) { f.Hdr.Flags = 0 },
-		"size zero":      func(f *frame.Frame) { f.Hdr.GSOSize = 0 },
-		"UFO":            func(f *frame.Frame) { f.Hdr.GSOType = wire.GSOUDP },
-		"other version":  func(f *frame.Frame) { f.Hdr.GSOType = wire.GSOTCPv6 },
-		"start":          func(f *frame.Frame) { f.Hdr.CsumStart++ },
-		"start in IP":    func(f *frame.Frame) { f.Hdr.CsumStart = 20 },
-		"start outside":  func(f *frame.Frame) { f.Hdr.CsumStart = 65535 },
-		"EtherType":      func(f *frame.Frame) { f.Data[12] = 0x86 },
-		"IP version":     func(f *frame.Frame) { f.Data[14] = 0x65 },
-		"data offset":    func(f *frame.Frame) { f.Data[34+12] = 0x40 },
-		"cut":            func(f *frame.Frame) { f.Data = f.Data[:50] },
-		"only Ethernet":  func(f *frame.Frame) { f.Data = f.Data[:14] },
+		"finished":      func(f *frame.Frame) { f.Hdr.Flags = 0 },
+		"size zero":     func(f *frame.Frame) { f.Hdr.GSOSize = 0 },
+		"UFO":           func(f *frame.Frame) { f.Hdr.GSOType = wire.GSOUDP },
+		"other version": func(f *frame.Frame) { f.Hdr.GSOType = wire.GSOTCPv6 },
+		"start":         func(f *frame.Frame) { f.Hdr.CsumStart++ },
+		"start in IP":   func(f *frame.Frame) { f.Hdr.CsumStart = 20 },
+		"start outside": func(f *frame.Frame) { f.Hdr.CsumStart = 65535 },
+		"EtherType":     func(f *frame.Frame) { f.Data[12] = 0x86 },
+		"IP version":    func(f *frame.Frame) { f.Data[14] = 0x65 },
+		"data offset":   func(f *frame.Frame) { f.Data[34+12] = 0x40 },
+		"cut":           func(f *frame.Frame) { f.Data = f.Data[:50] },
+		"only Ethernet": func(f *frame.Frame) { f.Data = f.Data[:14] },
+		"start in Ethernet of only Ethernet": func(f *frame.Frame) {
+			f.Data, f.Hdr.CsumStart = f.Data[:wire.EthernetLen], 6
+		},
 		"nothing at all": func(f *frame.Frame) { f.Data = nil },
 	} {
 		f := frame.Frame{Hdr: good.Hdr, Data: bytes.Clone(good.Data)}
