@@ -32,8 +32,9 @@ var overlays = []struct {
 		}
 		return ends{a, b}
 	}},
-	{"patchbay", func(t testing.TB) ends { return ownEnds(t, Config{}) }},
-	{"patchbay-spin", func(t testing.TB) ends { return ownEnds(t, Config{Spin: 50 * time.Microsecond}) }},
+	{"patchbay", func(t testing.TB) ends { return ownEnds(t, Config{}, WireVXLAN) }},
+	{"superframe", func(t testing.TB) ends { return ownEnds(t, Config{}, WirePatchbay) }},
+	{"patchbay-spin", func(t testing.TB) ends { return ownEnds(t, Config{Spin: 50 * time.Microsecond}, WireVXLAN) }},
 	{"to-kernel", func(t testing.TB) ends { a, b := mixedEnds(t, "10.1.0.1/24", "10.1.0.2/24"); return ends{a, b} }},
 	{"from-kernel", func(t testing.TB) ends { a, b := mixedEnds(t, "10.1.0.2/24", "10.1.0.1/24"); return ends{b, a} }},
 }
@@ -49,13 +50,17 @@ func mixedEnds(t testing.TB, ours, kernels string) (container, kernel *testbed.N
 }
 
 // ownEnds are two containers of ours, on a host each.
-func ownEnds(t testing.TB, cfg Config) ends {
+func ownEnds(t testing.TB, cfg Config, w Wire) ends {
 	a, b := underlay(t, 1500)
 	var c [2]*testbed.NS
 	for i, ns := range []*testbed.NS{a, b} {
 		n := newNetwork(newVTEP(t, ns, cfg), 9)
-		n.peer(t, PeerConfig{Remote: netip.MustParseAddrPort(fmt.Sprintf("10.9.0.%d:4789", 2-i))})
-		c[i] = n.container(t, byte(i+1), 1450, fmt.Sprintf("10.1.0.%d/24", i+1))
+		p := n.peer(t, PeerConfig{Remote: netip.MustParseAddrPort(fmt.Sprintf("10.9.0.%d:4789", 2-i)), Wire: w})
+		mtu, err := p.MTU()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c[i] = n.container(t, byte(i+1), mtu, fmt.Sprintf("10.1.0.%d/24", i+1))
 	}
 	return ends{c[0], c[1]}
 }

@@ -4,6 +4,8 @@ import (
 	"net/netip"
 
 	"patchbay/frame"
+	"patchbay/tunnel/secure"
+	"patchbay/tunnel/superframe"
 	"patchbay/tunnel/udp"
 	"patchbay/tunnel/vxlan"
 )
@@ -15,13 +17,20 @@ const maxPending = 256
 type receiver struct {
 	touched []*Peer // peers with frames to forward
 	d       datagram
+	pool    superframe.Pool // of all peers
+	now     int64           // of the batch
+	aad     [superframe.AADLen]byte
 }
 
 // batch is what has come from one peer in the batch that is being handled.
 type batch struct {
-	fs    []frame.Frame
-	heard bool // in touched
-	mtu   int  // innerMTU
+	fs     []frame.Frame
+	listed bool // in touched
+	heard  bool // what has come is the peer's, as far as can be known
+	mtu    int  // innerMTU
+	// datagrams are those of the batch that are not counted yet.
+	datagrams int
+	streams   streams
 }
 
 // handler is the VTEP as package udp sees it.
@@ -34,14 +43,19 @@ func (h *handler) Receive(ts []udp.Train) {
 	// The snapshot is loaded after epoch is odd: see Peer.Close.
 	set := v.peers.Load()
 	var last lookup
+	now := v.now()
+	v.rx.now = now
 	for i := range ts {
 		v.receive(set, &ts[i], &last)
 	}
-	now := v.now()
 	for _, p := range v.rx.touched {
+		p.count()
 		p.forward()
-		p.pending.heard = false
-		p.rx.heard.Store(now)
+		p.pending.streams.expire(now)
+		if p.pending.heard && p.rx.heard.Swap(now) == 0 {
+			v.kick() // its state has changed
+		}
+		p.pending.listed, p.pending.heard = false, false
 	}
 	clear(v.rx.touched)
 	v.rx.touched = v.rx.touched[:0]
@@ -57,24 +71,29 @@ type lookup struct {
 	why   frame.Drop
 }
 
-// receive takes one train apart. Each of its datagrams may be of another network.
+// receive takes one train apart. Each of its datagrams may be of another network, and on another wire: the first byte tells.
 func (v *VTEP) receive(set *peerSet, t *udp.Train, last *lookup) {
 	d := &v.rx.d
 	*d = datagram{outer: udp.ECN(t.TOS & 3)}
 	step := t.Size
-	if step < len(t.Data) && uncut(t.Data) {
+	if step < len(t.Data) && t.Data[0] != superframe.Type && t.Data[0] != secure.HandshakeType && uncut(t.Data) {
 		step, d.size = len(t.Data), t.Size
 	}
 	for data := t.Data; ; {
-		d.data = data[:min(step, len(data))]
-		if p := v.sender(set, d.data, t.From, last); p != nil {
-			if !p.pending.heard {
-				p.pending.heard = true
-				p.pending.mtu = p.innerMTU()
-				v.rx.touched = append(v.rx.touched, p)
+		if len(data) > 0 && data[0] == superframe.Type {
+			if data = data[v.receiveSuper(set, data, t, last):]; len(data) == 0 {
+				return
 			}
-			d.mtu = p.pending.mtu
-			p.pending.fs = p.wire.receive(d, p.pending.fs, p.drops)
+			continue
+		}
+		d.data = data[:min(step, len(data))]
+		if len(data) > 0 && data[0] == secure.HandshakeType {
+			v.receiveHandshake(set, d.data, t.From, last)
+		} else if p := v.sender(set, d.data, t.From, last); p != nil {
+			p.touch()
+			p.pending.heard = true
+			p.pending.datagrams++
+			p.receiveVXLAN(d)
 			if len(p.pending.fs) >= maxPending {
 				p.forward()
 			}
@@ -85,13 +104,23 @@ func (v *VTEP) receive(set *peerSet, t *udp.Train, last *lookup) {
 	}
 }
 
-// sender is the peer that a datagram came from; where there is none it is counted as dropped.
+// sender is the peer that a VXLAN datagram came from; where there is none, or one that seals, it is counted as dropped.
 func (v *VTEP) sender(set *peerSet, datagram []byte, from netip.AddrPort, last *lookup) *Peer {
 	vni, why, ok := vxlan.Parse(datagram)
 	if !ok {
 		v.drops.Add(why, 1)
 		return nil
 	}
+	p := v.find(set, vni, from, last)
+	if p != nil && p.seal != nil {
+		p.unsealed()
+		return nil
+	}
+	return p
+}
+
+// find is the peer of network vni at from; where there is none a datagram is counted as dropped.
+func (v *VTEP) find(set *peerSet, vni uint32, from netip.AddrPort, last *lookup) *Peer {
 	if !last.valid || vni != last.vni || from != last.from {
 		*last = lookup{valid: true, vni: vni, from: from}
 		last.peer, last.why = set.find(vni, from)
@@ -102,8 +131,27 @@ func (v *VTEP) sender(set *peerSet, datagram []byte, from netip.AddrPort, last *
 	return last.peer
 }
 
+// touch is called for each datagram that seems to be from the peer, before anything else is done with it.
+func (p *Peer) touch() {
+	if !p.pending.listed {
+		p.pending.listed = true
+		p.pending.mtu = p.innerMTU()
+		p.v.rx.touched = append(p.v.rx.touched, p)
+	}
+}
+
+// count makes the datagrams of the batch part of the peer's.
+func (p *Peer) count() {
+	p.rx.datagrams.Add(uint64(p.pending.datagrams))
+	p.pending.datagrams = 0
+	p.noteSuper()
+}
+
 // forward hands over what has come from the peer.
 func (p *Peer) forward() {
+	if len(p.pending.streams.all) > 0 {
+		defer p.pending.streams.release()
+	}
 	fs := p.pending.fs
 	if len(fs) == 0 {
 		return

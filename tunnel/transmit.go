@@ -24,7 +24,7 @@ func (p *Peer) transmit(fs []frame.Frame) int {
 		p.drops.Add(frame.DropPortDown, len(fs))
 		return 0
 	}
-	lost := p.wire.send(b, p.path.Load(), fs, p.drops)
+	lost := p.wire.send(p, b, p.path.Load(), fs)
 	lost += b.Send()
 	b.Release()
 	p.txFrames.Add(uint64(len(fs) - lost))

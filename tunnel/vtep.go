@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -38,6 +39,8 @@ type Config struct {
 	Drops *frame.DropCounters
 	// Log hears of peers that come and go; nil means slog.Default.
 	Log *slog.Logger
+	// FDs are the descriptors of another VTEP's Export, to go on with instead of opening any. They are taken over, on error too.
+	FDs []int
 }
 
 // VTEP is this host's end of the tunnels. It is safe for concurrent use.
@@ -50,6 +53,10 @@ type VTEP struct {
 	// epoch is odd while a received batch is being handled; Peer.Close waits for that.
 	epoch atomic.Uint64
 	rx    receiver
+
+	links    links
+	instance uint64        // random, of this start
+	kicks    chan struct{} // has the prober look
 
 	mu     sync.Mutex // guards closed and changes of peers
 	closed bool
@@ -72,11 +79,11 @@ func Listen(cfg Config) (*VTEP, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
-	sock, err := udp.Listen(udp.Config{Listen: cfg.Listen, Ports: cfg.Ports, Buffer: cfg.Buffer, NoCut: cfg.NoCut, NoJoin: cfg.NoJoin, Spin: cfg.Spin, Now: cfg.Now})
+	sock, err := udp.Listen(udp.Config{Listen: cfg.Listen, Ports: cfg.Ports, Buffer: cfg.Buffer, NoCut: cfg.NoCut, NoJoin: cfg.NoJoin, Spin: cfg.Spin, Now: cfg.Now, FDs: cfg.FDs})
 	if err != nil {
 		return nil, fmt.Errorf("tunnel: %w", err)
 	}
-	v := &VTEP{cfg: cfg, sock: sock, drops: cfg.Drops, start: cfg.Now()}
+	v := &VTEP{cfg: cfg, sock: sock, drops: cfg.Drops, start: cfg.Now(), instance: rand.Uint64() | 1, kicks: make(chan struct{}, 1)}
 	v.peers.Store(&peerSet{})
 	return v, nil
 }
@@ -84,6 +91,13 @@ func Listen(cfg Config) (*VTEP, error) {
 // Run receives and forwards until ctx is done or the VTEP is closed (nil). It blocks, and runs once at a time. The error of a Run that comes too late
 // wraps ErrClosed.
 func (v *VTEP) Run(ctx context.Context) error {
+	ctx, stop := context.WithCancel(ctx)
+	var prober sync.WaitGroup
+	prober.Go(func() { v.probe(ctx) })
+	stopLinks := v.runLinks(ctx)
+	defer prober.Wait()
+	defer stopLinks()
+	defer stop()
 	switch err := v.sock.Serve(ctx, (*handler)(v)); {
 	case errors.Is(err, udp.ErrClosed):
 		return fmt.Errorf("tunnel at %v: %w", v.LocalAddr(), ErrClosed)
@@ -104,6 +118,19 @@ func (v *VTEP) Socket() udp.Stats { return v.sock.Stats() }
 
 // MaxSegments is how many datagrams the kernel cuts out of one message; 0 where it cuts none.
 func (v *VTEP) MaxSegments() int { return v.sock.MaxSegments() }
+
+// Export duplicates the descriptors of the socket, for a VTEP of another process that goes on with them as Config.FDs; the caller closes them. End Run first: what comes between the end of Run here and the Run there
+// waits in the kernel's buffer, and while two run, each gets a part. If the other one does not come up, another Run goes on here. The error of a VTEP that is closed wraps ErrClosed.
+func (v *VTEP) Export() ([]int, error) {
+	switch fds, err := v.sock.Export(); {
+	case errors.Is(err, udp.ErrClosed):
+		return nil, fmt.Errorf("hand over the tunnel at %v: %w", v.LocalAddr(), ErrClosed)
+	case err != nil:
+		return nil, fmt.Errorf("tunnel: %w", err)
+	default:
+		return fds, nil
+	}
+}
 
 // Join makes the VTEP a member of a multicast group on the interface with number ifindex, for kernel peers that send broadcast to a group; see
 // udp.Socket.Join. Towards such peers we replicate at the head end all the same.
@@ -180,9 +207,6 @@ func (s *peerSet) find(vni uint32, from netip.AddrPort) (*Peer, frame.Drop) {
 	}
 	return nil, frame.DropUnknownVNI
 }
-
-// InnerMTU is the MTU of a network in bytes of IP packet when the underlay towards remote carries packets of pathMTU bytes.
-func InnerMTU(pathMTU int, remote netip.Addr) int { return pathMTU - vxlan.Overhead(remote) }
 
 // longestFrame is what one datagram can carry.
 const longestFrame = min(udp.MaxDatagram-vxlan.HeaderLen, wire.MaxFrame)

@@ -46,10 +46,10 @@ type Batch struct {
 	nLost int
 }
 
-// datagram is where one starts among the iovecs, and whom it belongs to.
+// datagram is where one starts among the iovecs, and which frames are lost with it.
 type datagram struct {
-	iov int32
-	tag int32
+	iov         int32
+	tag, frames int32
 }
 
 // message is one mmsg.Msg: datagrams of one size.
@@ -91,7 +91,7 @@ func (b *Batch) Release() {
 // has no room beside it is sent first. n may be 0.
 func (b *Batch) Head(n int) []byte {
 	if b.headUsed+n > headRoom || b.nIovs+2 > maxIovs || b.nDgs == maxDatagrams || b.nMsgs == maxMessages {
-		b.flush()
+		b.Flush()
 	}
 	return b.heads[b.headUsed : b.headUsed+n : b.headUsed+n]
 }
@@ -101,6 +101,11 @@ func (b *Batch) Head(n int) []byte {
 // not be sent is one drop. Datagrams with the same path, flow, ecn and length, added one after the other, travel as one message; one that is
 // shorter may be the last of them.
 func (b *Batch) Add(path *Path, flow uint32, ecn ECN, tag int, head, payload []byte) {
+	b.AddShared(path, flow, ecn, tag, 1, head, payload)
+}
+
+// AddShared is Add for a datagram that is a part of several frames: those with the tags tag to tag+frames-1.
+func (b *Batch) AddShared(path *Path, flow uint32, ecn ECN, tag, frames int, head, payload []byte) {
 	n := len(head) + len(payload)
 	port := uint8(0)
 	if len(b.s.ports) > 1 && !path.cfg.OnePort {
@@ -113,7 +118,7 @@ func (b *Batch) Add(path *Path, flow uint32, ecn ECN, tag int, head, payload []b
 	if n < m.seg {
 		m.open = false
 	}
-	b.dgs[b.nDgs] = datagram{iov: int32(b.nIovs), tag: int32(tag)}
+	b.dgs[b.nDgs] = datagram{iov: int32(b.nIovs), tag: int32(tag), frames: int32(frames)}
 	b.nDgs++
 	if len(head) > 0 {
 		b.iovs[b.nIovs] = mmsg.Iovec(head)
@@ -145,7 +150,7 @@ func (b *Batch) begin(path *Path, port uint8, ecn ECN, seg int) *message {
 
 // Send sends what was added and returns how many frames, by their tags, lost a datagram since the last Send; each is one drop. It never waits.
 func (b *Batch) Send() (lost int) {
-	b.flush()
+	b.Flush()
 	lost = b.nLost
 	b.clearLost()
 	return lost
@@ -162,8 +167,8 @@ func (b *Batch) reset() {
 	b.headUsed, b.nIovs, b.nDgs, b.nMsgs, b.ports = 0, 0, 0, 0, 0
 }
 
-// flush sends the messages, port by port.
-func (b *Batch) flush() {
+// Flush sends what was added, so that nothing of it is referred to any more. What is lost thereby is Send's to report.
+func (b *Batch) Flush() {
 	if b.nMsgs == 0 {
 		return
 	}
@@ -227,15 +232,17 @@ func (b *Batch) iovEnd(d int) int {
 	return b.nIovs
 }
 
-// lose counts the frame of a datagram that could not be sent, unless it is counted already.
-func (b *Batch) lose(tag int32, why frame.Drop) {
-	word, bit := int(tag)/64, uint64(1)<<(tag%64)
-	for word >= len(b.lost) {
-		b.lost = append(b.lost, 0)
-	}
-	if b.lost[word]&bit == 0 {
-		b.lost[word] |= bit
-		b.nLost++
-		b.drops.Add(why, 1)
+// Lose counts the frames with the tags tag to tag+frames-1 as lost, those that are not already: a datagram of theirs cannot be sent.
+func (b *Batch) Lose(tag, frames int, why frame.Drop) {
+	for end := tag + frames; tag < end; tag++ {
+		word, bit := int(tag)/64, uint64(1)<<(tag%64)
+		for word >= len(b.lost) {
+			b.lost = append(b.lost, 0)
+		}
+		if b.lost[word]&bit == 0 {
+			b.lost[word] |= bit
+			b.nLost++
+			b.drops.Add(why, 1)
+		}
 	}
 }

@@ -63,12 +63,15 @@ type Path struct {
 	mtu   atomic.Int64  // last known, or 0
 	asked atomic.Int64  // when the MTU was last asked for after a refusal
 
-	calls, datagrams, bytes atomic.Uint64
+	calls, datagrams, bytes   atomic.Uint64
+	cutMessages, cutDatagrams atomic.Uint64
 }
 
 // PathStats are the counters of a Path. Bytes are of UDP payload. Messages are what the kernel was given, Datagrams what it made of them.
+// CutMessages are those of the messages that had several datagrams, and CutDatagrams all of theirs.
 type PathStats struct {
 	Messages, Datagrams, Bytes uint64
+	CutMessages, CutDatagrams  uint64
 }
 
 // NewPath makes the way to remote. It fails where the Socket cannot speak to such an address: IPv6 from one that listens on an IPv4 address, and the
@@ -140,7 +143,7 @@ func (p *Path) cuts() bool {
 
 // Stats reads the counters, one after the other while traffic goes on.
 func (p *Path) Stats() PathStats {
-	return PathStats{Messages: p.calls.Load(), Datagrams: p.datagrams.Load(), Bytes: p.bytes.Load()}
+	return PathStats{CutMessages: p.cutMessages.Load(), CutDatagrams: p.cutDatagrams.Load(), Messages: p.calls.Load(), Datagrams: p.datagrams.Load(), Bytes: p.bytes.Load()}
 }
 
 // MTU asks the kernel for the largest IP packet, in bytes, that gets to the remote address in one piece, as far as it knows: by the route and by what

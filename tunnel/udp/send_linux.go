@@ -41,7 +41,7 @@ func (b *Batch) transmit(fd int, ms []mmsg.Msg, order []uint8) {
 				b.oneByOne(fd, &ms[at], m)
 				break
 			}
-			b.refused(m.path, b.dgs[m.dg].tag, errno)
+			b.refused(m.path, &b.dgs[m.dg], errno)
 		default:
 			b.loseAll(m, reason(errno))
 		}
@@ -72,7 +72,7 @@ func (b *Batch) oneByOne(fd int, msg *mmsg.Msg, m *message) {
 		}
 		if errno != 0 {
 			tooBig = tooBig || errno == unix.EMSGSIZE && n == m.seg // and so are the others of its length
-			b.refused(m.path, b.dgs[d].tag, errno)
+			b.refused(m.path, &b.dgs[d], errno)
 			continue
 		}
 		m.path.count(1, n)
@@ -99,9 +99,9 @@ func (b *Batch) sendOne(fd int) (errno unix.Errno) {
 }
 
 // refused counts one datagram that the kernel would not send.
-func (b *Batch) refused(p *Path, tag int32, errno unix.Errno) {
+func (b *Batch) refused(p *Path, d *datagram, errno unix.Errno) {
 	why := reason(errno)
-	b.lose(tag, why)
+	b.Lose(int(d.tag), int(d.frames), why)
 	if why == frame.DropTooBig {
 		p.tooBig()
 	}
@@ -109,7 +109,7 @@ func (b *Batch) refused(p *Path, tag int32, errno unix.Errno) {
 
 func (b *Batch) loseAll(m *message, why frame.Drop) {
 	for d := m.dg; d < m.dg+m.n; d++ {
-		b.lose(b.dgs[d].tag, why)
+		b.Lose(int(b.dgs[d].tag), int(b.dgs[d].frames), why)
 	}
 }
 
@@ -126,6 +126,10 @@ func reason(errno unix.Errno) frame.Drop {
 }
 
 func (p *Path) count(datagrams, bytes int) {
+	if datagrams > 1 {
+		p.cutMessages.Add(1)
+		p.cutDatagrams.Add(uint64(datagrams))
+	}
 	p.calls.Add(1)
 	p.datagrams.Add(uint64(datagrams))
 	p.bytes.Add(uint64(bytes))

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -52,6 +53,8 @@ type Config struct {
 	Spin time.Duration
 	// Now is the clock; nil means time.Now.
 	Now func() time.Time
+	// FDs are the descriptors of another Socket's Export, to go on with instead of opening any: Listen and Ports do not matter then. They are taken over, on error too.
+	FDs []int
 }
 
 // Stats are the counters of a Socket's receiving side, and of errors. Bytes are of UDP payload. Messages are what the kernel handed over,
@@ -95,7 +98,14 @@ type Socket struct {
 const closing = -1 << 40
 
 // Listen opens a Socket in the network namespace of the calling thread. Its error says which address could not be had and what to do.
-func Listen(cfg Config) (*Socket, error) {
+func Listen(cfg Config) (_ *Socket, err error) {
+	defer func() {
+		if err != nil {
+			for _, fd := range cfg.FDs {
+				unix.Close(fd)
+			}
+		}
+	}()
 	switch {
 	case cfg.Ports < 0 || cfg.Ports > MaxPorts:
 		return nil, fmt.Errorf("listen on %v: %d ports to send from: want 1 to %d", cfg.Listen, cfg.Ports, MaxPorts)
@@ -116,8 +126,16 @@ func Listen(cfg Config) (*Socket, error) {
 	}
 	s := &Socket{cfg: cfg, start: cfg.Now(), wake: -1, meter: meter{fd4: -1, fd6: -1}, sendmmsg: mmsg.Send}
 	s.pool.New = func() any { return newBatch(s) }
-	if err := s.open(); err != nil {
+	open := s.open
+	if len(cfg.FDs) > 0 {
+		open = s.inherit
+	}
+	if err := open(); err != nil {
+		s.ports = s.ports[:len(s.ports)-len(cfg.FDs)] // which are closed above
 		s.closeFDs()
+		if len(cfg.FDs) > 0 {
+			return nil, fmt.Errorf("go on with sockets that were handed over: %w: let them go and listen anew", err)
+		}
 		return nil, explain(cfg.Listen, err)
 	}
 	if !cfg.NoCut {
@@ -176,6 +194,56 @@ func (s *Socket) open() error {
 		return os.NewSyscallError("eventfd", err)
 	}
 	return s.meter.open(s, host.Addr())
+}
+
+// inherit goes on with the descriptors of Config.FDs, the first of which listens.
+func (s *Socket) inherit() error {
+	s.ports = slices.Clone(s.cfg.FDs)
+	if len(s.ports) > MaxPorts {
+		return fmt.Errorf("%d descriptors: at most %d", len(s.ports), MaxPorts)
+	}
+	for i, fd := range s.ports {
+		if typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL); err != nil || typ != unix.IPPROTO_UDP {
+			return fmt.Errorf("descriptor %d of those that were handed over is no UDP socket", i)
+		}
+	}
+	s.local = localAddr(s.ports[0])
+	s.v6 = !s.local.Addr().Is4()
+	if s.v6 {
+		only, err := unix.GetsockoptInt(s.ports[0], unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
+		if err != nil {
+			return os.NewSyscallError("getsockopt", err)
+		}
+		s.dual = only == 0
+	}
+	s.cfg.Listen = s.local
+	var err error
+	if s.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return os.NewSyscallError("eventfd", err)
+	}
+	return s.meter.open(s, s.local.Addr())
+}
+
+// Export duplicates the descriptors, for a Socket of another process that Listen makes with them as Config.FDs. Until that one's Serve, and from the end of this one's, what comes waits in
+// the kernel's buffer. While both serve, each gets a part.
+func (s *Socket) Export() ([]int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, fmt.Errorf("hand over %v: %w", s.local, ErrClosed)
+	}
+	var fds []int
+	for _, fd := range s.ports {
+		d, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			for _, fd := range fds {
+				unix.Close(fd)
+			}
+			return nil, fmt.Errorf("hand over %v: %w", s.local, os.NewSyscallError("fcntl", err))
+		}
+		fds = append(fds, d)
+	}
+	return fds, nil
 }
 
 // socket makes a socket of the right family with what sending wants.
