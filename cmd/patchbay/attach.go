@@ -183,16 +183,13 @@ func detachCommand() *cli.Command {
 		Name: "detach", Usage: "take an attachment off its network, while its programs run",
 		UsageText: "patchbay detach NAME|NETWORK/NAME...\n\nExample:\n   patchbay detach lab/web",
 	}, false, "NAME...", attachmentNames, func(c *cli.Context, client *api.Client) error {
-		for _, ref := range c.Args().Slice() {
+		return each(c, func(ref string) error {
 			network, name, err := client.Resolve(c.Context, ref)
 			if err != nil {
 				return err
 			}
-			if err := client.Detach(c.Context, network, name); err != nil {
-				return err
-			}
-		}
-		return nil
+			return client.Detach(c.Context, network, name)
+		})
 	})
 }
 

@@ -13,6 +13,22 @@ import (
 	"patchbay/internal/api"
 )
 
+// each does something for every word of the command line, and goes on with the next when it fails: one that is not there should not keep the others. Each failure is a line on standard error, the
+// last of them the command's own.
+func each(c *cli.Context, do func(word string) error) (last error) {
+	for _, word := range c.Args().Slice() {
+		err := do(word)
+		if err == nil {
+			continue
+		}
+		if last != nil {
+			fmt.Fprintf(os.Stderr, "patchbay: %s: %v\n", strings.TrimPrefix(c.Command.HelpName, "patchbay "), last)
+		}
+		last = err
+	}
+	return last
+}
+
 // nodeCommand is a command that talks to the node: it has --socket and, when lists says so, --output; the words behind it are called as words says, and its errors begin with
 // its name. complete lists what the next word may be.
 func nodeCommand(cmd *cli.Command, lists bool, words string, complete func(ctx context.Context, c *api.Client, nth int) []string, action func(c *cli.Context, client *api.Client) error) *cli.Command {
@@ -23,14 +39,13 @@ func nodeCommand(cmd *cli.Command, lists bool, words string, complete func(ctx c
 	}
 	cmd.BashComplete = func(c *cli.Context) {
 		var names []string
-		word := "" // the last one, which the shells' scripts hand over where it may become a flag
-		if n := len(os.Args); n > 1 {
-			word = os.Args[n-2]
-		}
+		word := lastWord()
 		complete := complete
 		switch word { // a flag whose value comes next
 		case "-o", "--output":
 			complete, word = func(context.Context, *api.Client, int) []string { return []string{"text", "json"} }, ""
+		case "--wire":
+			complete, word = func(context.Context, *api.Client, int) []string { return []string{"vxlan", "patchbay"} }, ""
 		case "--network":
 			complete, word = networkNames, ""
 		}
@@ -70,6 +85,14 @@ func nodeCommand(cmd *cli.Command, lists bool, words string, complete func(ctx c
 		return fmt.Errorf("%s: %w", strings.TrimPrefix(c.Command.HelpName, "patchbay "), err)
 	}
 	return cmd
+}
+
+// lastWord is the one before what is to be completed; where that may become a flag, it is that, since the shells' scripts hand it over.
+func lastWord() string {
+	if n := len(os.Args); n > 1 {
+		return os.Args[n-2]
+	}
+	return ""
 }
 
 func clientFor(c *cli.Context) (*api.Client, error) {

@@ -15,6 +15,7 @@ import (
 	"patchbay/internal/api"
 	"patchbay/internal/config"
 	"patchbay/internal/daemon"
+	"patchbay/tunnel/secure"
 )
 
 func daemonCommand() *cli.Command {
@@ -26,6 +27,8 @@ func daemonCommand() *cli.Command {
 Examples:
    patchbay daemon &
    patchbay daemon --config lab.yaml --state-dir ~/lab
+   patchbay daemon --listen 192.0.2.1 --psk-file ~/mesh.key
+   patchbay daemon --identity ~/mesh-ca/host1.example.net.crt,~/mesh-ca/host1.example.net.key,~/mesh-ca/ca.crt
    patchbay daemon --takeover        # replace the running one, with this binary, under traffic`,
 		Description: `Everything else is a client of its socket. Networks, attachments, leases and published ports are kept in the state directory, so a daemon that is killed and
 started again has them back, and connections between containers go on. SIGHUP reads the configuration file again; SIGTERM ends the daemon and leaves the state as it is.`,
@@ -36,6 +39,9 @@ started again has them back, and connections between containers go on. SIGHUP re
 			&cli.StringFlag{Name: "state-dir", Usage: "`DIR` for what must outlive the daemon (default: $XDG_STATE_HOME/patchbay; /var/lib/patchbay for root)"},
 			&cli.StringFlag{Name: "config", Usage: "`FILE` in YAML that names networks and published ports"},
 			&cli.BoolFlag{Name: "takeover", Usage: "replace the daemon that runs now: its interfaces, listening sockets and UDP sockets go on in this one"},
+			&cli.StringFlag{Name: "listen", Usage: "`ADDR[:PORT]` where tunnels from other hosts arrive, once a network has a peer (default: [::]:4789)"},
+			&cli.StringFlag{Name: "identity", Usage: "who this node is on sealed networks: `CERT,KEY,CA`, three files in PEM"},
+			&cli.StringFlag{Name: "psk-file", Usage: "`FILE` with a key that all nodes of sealed networks have, instead of --identity"},
 			&cli.IntFlag{Name: "max-flows", Usage: "at most `N` TCP connections, and as many UDP flows, through NAT of each network"},
 			&cli.IntFlag{Name: "max-dials", Usage: "at most `N` connections waiting for an answer, of each network"},
 			&cli.StringFlag{Name: "profile", Usage: "write a CPU and a heap profile into `DIR` when it ends"},
@@ -94,6 +100,9 @@ func runDaemon(c *cli.Context) error {
 		return err
 	}
 	cfg := daemon.Config{StateDir: dir, Version: version, ConfigFile: c.String("config"), Limits: limits, Logger: log}
+	if err := tunnelFlags(c, &cfg); err != nil {
+		return err
+	}
 	var n *daemon.Node
 	var l *net.UnixListener
 	takeover := c.Bool("takeover")
@@ -140,6 +149,29 @@ func runDaemon(c *cli.Context) error {
 	s := api.NewServer(api.ServerConfig{Backend: n, Logger: log})
 	if err := s.Serve(ctx, l); err != nil && !errors.Is(err, context.Canceled) {
 		return err
+	}
+	return nil
+}
+
+// tunnelFlags reads --listen, --identity and --psk-file.
+func tunnelFlags(c *cli.Context, cfg *daemon.Config) (err error) {
+	if c.IsSet("listen") {
+		if cfg.Listen, err = daemon.ParseListen(c.String("listen")); err != nil {
+			return fmt.Errorf("--listen: %w", err)
+		}
+	}
+	if c.IsSet("identity") && c.IsSet("psk-file") {
+		return errors.New("--identity and --psk-file are two ways to the same; give one of them")
+	}
+	if c.IsSet("identity") {
+		if cfg.Identity, err = daemon.LoadIdentity(c.String("identity")); err != nil {
+			return fmt.Errorf("--identity: %w", err)
+		}
+	}
+	if c.IsSet("psk-file") {
+		if cfg.Identity, err = secure.LoadPSK(c.String("psk-file")); err != nil {
+			return fmt.Errorf("--psk-file: %w", err)
+		}
 	}
 	return nil
 }

@@ -82,7 +82,7 @@ func demo(ctx context.Context, out io.Writer, port int) (err error) {
 	defer func() { stopLoad(); err = errors.Join(err, <-loadDone) }()
 
 	node.SetProcs(node.NATLoops + 2)
-	network, err := node.NewNetwork(ctx, node.NetworkConfig{Name: "demo", HostLoopback: true})
+	network, err := node.NewNetwork(ctx, node.NetworkConfig{Name: "demo", HostLoopback: true, LoopTAPs: node.FewCores()})
 	if err != nil {
 		return err
 	}

@@ -22,16 +22,20 @@ func doctorCommand() *cli.Command {
 
 Example:
    patchbay doctor -o json | jq '.[] | select(.ok | not)'`,
-		Description:  "Every check tries the thing itself and leaves nothing behind. The exit status is 1 when something is missing that `patchbay run` needs.",
+		Description: "Every check tries the thing itself and leaves nothing behind. The exit status is 1 when something is missing that `patchbay run` needs. Where a daemon answers, the tunnels of its " +
+			"networks are looked at too: whether the peers are there, and whether what a network takes for its MTU gets to them.",
 		OnUsageError: usageError,
 		Before:       noArgs,
-		Flags:        []cli.Flag{&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "`FORMAT` text or json", Value: "text"}},
+		Flags:        []cli.Flag{socketFlag(), &cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "`FORMAT` text or json", Value: "text"}},
 		Action: func(c *cli.Context) error {
 			format := c.String("output")
 			if format != "text" && format != "json" {
 				return fmt.Errorf("doctor: output format %q is not known; use text or json", format)
 			}
 			results := kernel.All(kernel.Config{Child: func() *exec.Cmd { return exec.Command("/proc/self/exe", probeArg) }})
+			if client, err := clientFor(c); err == nil {
+				results = append(results, tunnelResults(c.Context, client)...)
+			}
 			if format == "json" {
 				enc := json.NewEncoder(c.App.Writer)
 				enc.SetIndent("", "  ")

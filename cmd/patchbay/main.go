@@ -54,8 +54,8 @@ func newApp() *cli.App {
 			os.Exit(exitOwnFailure)
 		},
 		Commands: []*cli.Command{
-			runCommand(), podCommand(), daemonCommand(), networkCommand(), attachCommand(), detachCommand(), psCommand(), inspectCommand(), publishCommand(),
-			fdbCommand(), dropsCommand(), captureCommand(), topCommand(),
+			runCommand(), podCommand(), daemonCommand(), networkCommand(), peerCommand(), attachCommand(), detachCommand(), psCommand(), inspectCommand(), publishCommand(),
+			fdbCommand(), dropsCommand(), captureCommand(), topCommand(), caCommand(),
 			demoCommand(), loadCommand(), benchCommand(), doctorCommand(), doctorInside(), versionCommand(), completionCommand(),
 		},
 	}

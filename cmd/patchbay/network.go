@@ -19,14 +19,21 @@ func networkCommand() *cli.Command {
 Examples:
    patchbay network create lab
    patchbay network create lab --subnet 10.9.0.0/24 --subnet fd09::/64 --isolate
-   patchbay network create vault --internal`,
+   patchbay network create closed --internal
+   patchbay network create mesh --vni 42 --subnet 10.9.0.0/16 --ip-range 10.9.1.0/24     # on the next host 10.9.2.0/24; then patchbay peer add
+   patchbay network create vault --vni 43 --seal --wire patchbay                        # wants a daemon with --identity or --psk-file`,
 		Flags: []cli.Flag{
 			&cli.StringSliceFlag{Name: "subnet", Usage: "the network's `CIDR`, one IPv4 and one IPv6 (default: free ones)"},
 			&cli.StringSliceFlag{Name: "gateway", Usage: "the gateway's `IP` in a subnet (default: its first address)"},
-			&cli.IntFlag{Name: "mtu", Usage: "`BYTES` of an IP packet, 576 to 65521 (default: 1500)"},
+			&cli.IntFlag{Name: "mtu", Usage: "`BYTES` of an IP packet, 576 to 65521 (default: 1500; with --vni what the paths to its peers carry)"},
 			&cli.BoolFlag{Name: "internal", Usage: "no way out: names and addresses, but no NAT and no published ports"},
 			&cli.BoolFlag{Name: "isolate", Usage: "containers reach the gateway alone, never each other"},
 			&cli.UintFlag{Name: "vni", Usage: "its `NUMBER` on tunnels between hosts, 1 to 16777215"},
+			wireFlag("to peers that name no other (default: vxlan)"),
+			&cli.BoolFlag{Name: "seal", Usage: "nothing of it leaves this host unencrypted, and nothing unauthenticated enters"},
+			&cli.StringFlag{Name: "group", Usage: "hear what kernels among the peers send to the multicast group `ADDR%IFACE`, such as 239.1.1.1%eth0"},
+			&cli.UintFlag{Name: "port", Usage: "UDP `PORT` of its tunnels, here and at its peers (default: the daemon's)"},
+			&cli.StringSliceFlag{Name: "ip-range", Usage: "the part of a subnet, in `CIDR` form, that this node hands addresses out of: nodes that share a subnet must not give one twice (default: all)"},
 			&cli.StringSliceFlag{Name: "dns", Usage: "ask the resolver at `IP` or IP:PORT instead of the host's"},
 			&cli.BoolFlag{Name: "host-loopback", Usage: "let host.patchbay.internal reach the host's 127.0.0.1 and ::1"},
 			&cli.BoolFlag{Name: "link-local", Usage: "let containers reach link-local addresses such as 169.254.169.254 (cloud metadata)"},
@@ -47,12 +54,7 @@ Examples:
 			nodeCommand(&cli.Command{
 				Name: "rm", Usage: "remove networks that nothing is attached to", UsageText: "patchbay network rm NAME...\n\nExample:\n   patchbay network rm lab",
 			}, false, "NAME...", networkNames, func(c *cli.Context, client *api.Client) error {
-				for _, name := range c.Args().Slice() {
-					if err := client.RemoveNetwork(c.Context, name); err != nil {
-						return err
-					}
-				}
-				return nil
+				return each(c, func(name string) error { return client.RemoveNetwork(c.Context, name) })
 			}),
 		},
 		Action: func(c *cli.Context) error {
@@ -75,6 +77,21 @@ func createNetwork(c *cli.Context, client *api.Client) error {
 		return fmt.Errorf("--vni: %d is out of range; take one from 1 to %d", v, api.MaxVNI)
 	}
 	spec.VNI = uint32(c.Uint("vni"))
+	if v := c.Uint("port"); v > 65535 || c.IsSet("port") && v == 0 {
+		return fmt.Errorf("--port: %d is out of range; take one from 1 to 65535", v)
+	}
+	spec.Port, spec.Seal, spec.Group = uint16(c.Uint("port")), c.Bool("seal"), c.String("group")
+	var err error
+	if spec.Wire, err = parseWire(c); err != nil {
+		return err
+	}
+	for _, s := range c.StringSlice("ip-range") {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return fmt.Errorf("--ip-range: %.70q is no range of addresses; write ADDR/LENGTH, a part of the subnet, such as 10.9.0.64/26", s)
+		}
+		spec.IPRanges = append(spec.IPRanges, p)
+	}
 	for _, s := range c.StringSlice("subnet") {
 		p, err := ipam.ParseSubnet(s)
 		if err != nil {
@@ -147,7 +164,13 @@ func inspectNetwork(c *cli.Context, client *api.Client) error {
 	return show(c, n, func(w io.Writer) {
 		fmt.Fprintf(w, "name          %s\nid            %s\nsubnets       %s\ngateway       %s (%s)\nmtu           %d\nkind          %s\n", n.Name, n.ID, joined(n.Subnets), joined(n.Gateways), n.GatewayMAC, n.MTU, kindText(&n))
 		if n.VNI != 0 {
-			fmt.Fprintf(w, "vni           %d\n", n.VNI)
+			fmt.Fprintf(w, "vni           %d\nwire          %s\nsealed        %s\ntunnel port   %d\n", n.VNI, n.Wire, yesNo(n.Seal), n.Port)
+		}
+		if n.Group != "" {
+			fmt.Fprintf(w, "group         %s\n", n.Group)
+		}
+		if len(n.IPRanges) > 0 {
+			fmt.Fprintf(w, "ip range      %s\n", joined(n.IPRanges))
 		}
 		if len(n.DNS) > 0 {
 			fmt.Fprintf(w, "dns           %s\n", resolvers(n.DNS))

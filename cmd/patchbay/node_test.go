@@ -30,6 +30,7 @@ type daemonProc struct {
 	dir    string
 	args   []string
 	login  *testbed.Login // whose it is; nil: some ordinary user's
+	host   *testbed.NS    // where it runs; nil: where the tests do
 	plain  bool           // it is this process's user's, on a host of its own: see TestPodman
 	cmd    *exec.Cmd
 	stderr *lockedBuffer
@@ -73,6 +74,12 @@ func (d *daemonProc) begin() *daemonProc {
 	if err := os.Chmod(d.dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	if d.host != nil {
+		d.login.Own(t, d.dir)
+		if err := os.Chmod(filepath.Dir(d.dir), 0o711); err != nil {
+			t.Fatal(err)
+		}
+	}
 	d.start()
 	t.Cleanup(func() {
 		d.end(syscall.SIGTERM)
@@ -89,9 +96,17 @@ func (d *daemonProc) socket() string { return filepath.Join(d.dir, "node.sock") 
 func (d *daemonProc) start(more ...string) {
 	d.t.Helper()
 	d.launch(more...)
-	if !testbed.Wait(10*time.Second, func() bool { return d.client().Health(d.t.Context()) == nil }) {
+	if !testbed.Wait(10*time.Second, d.answers) {
 		d.t.Fatalf("the daemon does not answer: %s", d.stderr)
 	}
+}
+
+// answers reports whether the daemon does. One on a host of its own is another user's, and answers him alone.
+func (d *daemonProc) answers() bool {
+	if d.host != nil {
+		return d.command("ps").Run() == nil
+	}
+	return d.client().Health(d.t.Context()) == nil
 }
 
 // launch is start that does not wait.
@@ -141,6 +156,9 @@ func (d *daemonProc) patchbay(args ...string) *exec.Cmd {
 	switch {
 	case d.plain:
 		return exec.Command(testbed.Build(d.t), args...)
+	case d.host != nil:
+		testbed.RequireTUN(d.t)
+		return d.login.In(d.host, testbed.Build(d.t), args...)
 	case d.login == nil:
 		return patchbay(d.t, args...)
 	}
@@ -152,7 +170,7 @@ func (d *daemonProc) patchbay(args ...string) *exec.Cmd {
 func (d *daemonProc) command(args ...string) *exec.Cmd {
 	d.t.Helper()
 	cmd := d.patchbay(args...)
-	cmd.Env = append(os.Environ(), "PATCHBAY_SOCKET="+d.socket())
+	cmd.Env = append(cmd.Environ(), "PATCHBAY_SOCKET="+d.socket())
 	return cmd
 }
 
@@ -207,9 +225,21 @@ func (r *running) end() {
 	r.done <- nil
 }
 
+// attachments are all of them.
+func (d *daemonProc) attachments() (as []api.Attachment, err error) {
+	if d.host == nil {
+		return d.client().Attachments(d.t.Context(), "")
+	}
+	out, err := d.command("ps", "-o", "json").Output()
+	if err == nil {
+		err = json.Unmarshal(out, &as)
+	}
+	return as, err
+}
+
 // up reports whether an attachment of that name is plugged in some network.
 func (d *daemonProc) up(name string) bool {
-	as, err := d.client().Attachments(d.t.Context(), "")
+	as, err := d.attachments()
 	if err != nil {
 		return false
 	}

@@ -120,36 +120,37 @@ func listPods(c *cli.Context, client *api.Client) error {
 const podEnds = 15 * time.Second
 
 func removePods(c *cli.Context, client *api.Client) error {
-	for _, ref := range c.Args().Slice() {
-		a, err := attachmentOf(c.Context, client, ref)
+	return each(c, func(ref string) error { return removePod(c.Context, client, ref) })
+}
+
+func removePod(ctx context.Context, client *api.Client, ref string) error {
+	a, err := attachmentOf(ctx, client, ref)
+	if err != nil {
+		return err
+	}
+	if !a.Pod || a.Holder == 0 {
+		return fmt.Errorf("%q is no pod; `patchbay pod ls` shows those there are, and `patchbay detach` takes others off the network", ref)
+	}
+	fd, err := unix.PidfdOpen(a.Holder, 0)
+	if err == nil {
+		err = unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0)
+		unix.Close(fd)
+	}
+	if err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("end pod %q (pid %d): %w", ref, a.Holder, err)
+	}
+	for end := time.Now().Add(podEnds); ; time.Sleep(10 * time.Millisecond) {
+		as, err := client.Attachments(ctx, a.Network)
 		if err != nil {
 			return err
 		}
-		if !a.Pod || a.Holder == 0 {
-			return fmt.Errorf("%q is no pod; `patchbay pod ls` shows those there are, and `patchbay detach` takes others off the network", ref)
+		if !slices.ContainsFunc(as, func(b api.Attachment) bool { return b.Name == a.Name && b.Holder == a.Holder }) {
+			return nil
 		}
-		fd, err := unix.PidfdOpen(a.Holder, 0)
-		if err == nil {
-			err = unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0)
-			defer unix.Close(fd)
-		}
-		if err != nil && !errors.Is(err, unix.ESRCH) {
-			return fmt.Errorf("end pod %q (pid %d): %w", ref, a.Holder, err)
-		}
-		for end := time.Now().Add(podEnds); ; time.Sleep(10 * time.Millisecond) {
-			as, err := client.Attachments(c.Context, a.Network)
-			if err != nil {
-				return err
-			}
-			if !slices.ContainsFunc(as, func(b api.Attachment) bool { return b.Name == a.Name && b.Holder == a.Holder }) {
-				break
-			}
-			if time.Now().After(end) {
-				return fmt.Errorf("pod %q (pid %d) does not end; kill it", ref, a.Holder)
-			}
+		if time.Now().After(end) {
+			return fmt.Errorf("pod %q (pid %d) does not end; kill it", ref, a.Holder)
 		}
 	}
-	return nil
 }
 
 // detachedEnv tells a `run` that it is in the background: the number of the descriptor where it says that its command runs, or why not.

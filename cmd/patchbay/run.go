@@ -6,9 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/netip"
 	"os"
-	"runtime"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -230,10 +230,13 @@ func networkConfig(c *cli.Context) (node.NetworkConfig, error) {
 	if cfg.Limits, err = limitFlags(c); err != nil {
 		return cfg, err
 	}
+	if !c.IsSet("max-flows") { // the default, and there is nobody to share it with
+		cfg.Limits.TCPFlowsPerContainer, cfg.Limits.UDPFlowsPerContainer = math.MaxInt32, math.MaxInt32
+	}
 	if cfg.MTU < node.MinMTU || cfg.MTU > node.MaxMTU {
 		return cfg, fmt.Errorf("--mtu: %d bytes; use %d to %d", cfg.MTU, node.MinMTU, node.MaxMTU)
 	}
-	cfg.SharedLoop = runtime.NumCPU() <= 2 && c.Int("queues") == 1
+	cfg.LoopTAPs = node.FewCores()
 	for _, s := range c.StringSlice("subnet") {
 		p, err := ipam.ParseSubnet(s)
 		if err != nil {

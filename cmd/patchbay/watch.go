@@ -58,12 +58,7 @@ func publishCommand() *cli.Command {
 			nodeCommand(&cli.Command{
 				Name: "rm", Usage: "close published ports", UsageText: "patchbay publish rm ID...\n\nExample:\n   patchbay publish rm 1f0c9a3e",
 			}, false, "ID...", publishIDs, func(c *cli.Context, client *api.Client) error {
-				for _, id := range c.Args().Slice() {
-					if err := client.RemovePublish(c.Context, id); err != nil {
-						return err
-					}
-				}
-				return nil
+				return each(c, func(id string) error { return client.RemovePublish(c.Context, id) })
 			}),
 		},
 		Action: func(c *cli.Context) error {

@@ -3,6 +3,8 @@ package api
 import (
 	"context"
 	"io"
+
+	"patchbay/internal/wire"
 )
 
 // Backend is the node, as a Server sees it. Its methods are safe for concurrent use; an error that is no *Error is CodeInternal. What changes something is
@@ -19,9 +21,9 @@ type Backend interface {
 	Attachments(network string) ([]Attachment, error)
 	Attachment(network, name string) (Attachment, error)
 	// Attach reserves name, addresses and published ports. The caller ends with Plug or Abort.
-	Attach(ctx context.Context, network string, spec AttachmentSpec, peer Peer) (Attaching, error)
+	Attach(ctx context.Context, network string, spec AttachmentSpec, peer Caller) (Attaching, error)
 	// Resume is Attach for a client that comes back after a restart of the node.
-	Resume(ctx context.Context, network, name string, peer Peer) (Attaching, error)
+	Resume(ctx context.Context, network, name string, peer Caller) (Attaching, error)
 	// AttachStream makes an attachment of LifetimeStream.
 	AttachStream(ctx context.Context, network string, spec AttachmentSpec) (Attachment, error)
 	Detach(ctx context.Context, network, name string) error
@@ -29,6 +31,15 @@ type Backend interface {
 	Publishes() []Publish
 	AddPublish(ctx context.Context, network, attachment string, spec PublishSpec) (Publish, error)
 	RemovePublish(ctx context.Context, id string) error
+
+	// Peers are those of one network, or of all with "", by network and host.
+	Peers(network string) ([]Peer, error)
+	// AddPeer keeps the peer also when its name leads nowhere now: it is tried again. peer is HOST or HOST:PORT in what follows.
+	AddPeer(ctx context.Context, network string, spec PeerSpec) (Peer, error)
+	RemovePeer(ctx context.Context, network, peer string) error
+	// AddPeerFDB and RemovePeerFDB make and take back a static entry of a peer, and answer with the peer.
+	AddPeerFDB(ctx context.Context, network, peer string, mac wire.MAC) (Peer, error)
+	RemovePeerFDB(ctx context.Context, network, peer string, mac wire.MAC) (Peer, error)
 
 	FDB(network string) ([]FDBEntry, error)
 	// Drops are those of one network, or of all with "".
@@ -39,8 +50,8 @@ type Backend interface {
 	Capture(network string, spec CaptureSpec) (run func(ctx context.Context, w io.Writer) error, err error)
 }
 
-// Peer is the process at the other end of the socket, as the kernel says.
-type Peer struct {
+// Caller is the process at the other end of the socket, as the kernel says.
+type Caller struct {
 	PID int
 	UID int
 }

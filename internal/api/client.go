@@ -14,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"patchbay/internal/wire"
 )
 
 // maxAnswer bounds an answer that is not a stream, in bytes: a list of 65,536 FDB entries fits well.
@@ -124,6 +126,35 @@ func (c *Client) AddPublish(ctx context.Context, network, attachment string, spe
 // RemovePublish closes them.
 func (c *Client) RemovePublish(ctx context.Context, id string) error {
 	return c.do(ctx, http.MethodDelete, place("publishes", id), nil, nil)
+}
+
+// Peers are those of one network, or of all with "".
+func (c *Client) Peers(ctx context.Context, network string) (v []Peer, err error) {
+	p := place("peers")
+	if network != "" {
+		p += "?" + url.Values{"network": {network}}.Encode()
+	}
+	return v, c.get(ctx, p, &v)
+}
+
+// AddPeer makes a peer.
+func (c *Client) AddPeer(ctx context.Context, network string, spec PeerSpec) (v Peer, err error) {
+	return v, c.do(ctx, http.MethodPost, place("networks", network, "peers"), spec, &v)
+}
+
+// RemovePeer removes the peer HOST or HOST:PORT.
+func (c *Client) RemovePeer(ctx context.Context, network, peer string) error {
+	return c.do(ctx, http.MethodDelete, place("networks", network, "peers", peer), nil, nil)
+}
+
+// AddPeerFDB makes a static entry of a peer.
+func (c *Client) AddPeerFDB(ctx context.Context, network, peer string, mac wire.MAC) (v Peer, err error) {
+	return v, c.do(ctx, http.MethodPost, place("networks", network, "peers", peer, "fdb"), FDBSpec{MAC: mac}, &v)
+}
+
+// RemovePeerFDB takes it back.
+func (c *Client) RemovePeerFDB(ctx context.Context, network, peer string, mac wire.MAC) (v Peer, err error) {
+	return v, c.do(ctx, http.MethodDelete, place("networks", network, "peers", peer, "fdb", mac.String()), nil, &v)
 }
 
 // FDB is what a network's switch knows.

@@ -23,6 +23,11 @@
 // connection. The node says Event{detached} when it is taken away meanwhile. When the node dies the client keeps the descriptors, so that the interface stays as it
 // is, connects to the next node and POSTs to …/attachments/NAME/resume, which goes on like above.
 //
+// # Peers
+//
+// A [Peer] is the node on another host that a network with a VNI goes on at, or a kernel's VTEP. It is named HOST or HOST:PORT ([ParsePeer], [PeerRef]) in paths too. One that cannot be had now is kept,
+// shown as [PeerWaiting] with the reason, and tried again; what can never be right is refused.
+//
 // # The socket
 //
 // [Listen] makes it 0600 from the first moment, in a directory that nobody else can write to, and replaces that of a node that has died, never that of one that lives. A node

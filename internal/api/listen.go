@@ -10,6 +10,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 
@@ -163,6 +164,32 @@ func Handover(l *net.UnixListener) (fd int, err error) {
 	return fd, nil
 }
 
+// socket is a listener that may be closed while its file changes hands: a takeover that fails makes the file this node's own again, also when the node is ending just then. net.UnixListener leaves that
+// to its caller.
+type socket struct {
+	*net.UnixListener
+	mu sync.Mutex
+}
+
+func (s *socket) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.UnixListener.Close()
+}
+
+func (s *socket) SetUnlinkOnClose(unlink bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.UnixListener.SetUnlinkOnClose(unlink)
+}
+
+// handOver is Handover.
+func (s *socket) handOver() (fd int, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return Handover(s.UnixListener)
+}
+
 // ListenFile makes a listener of one that another node has handed over. f stays the caller's. Closing the listener leaves the socket where it is, for the next Listen to replace.
 func ListenFile(f *os.File) (*net.UnixListener, error) {
 	l, err := net.FileListener(f)
@@ -191,19 +218,19 @@ func ListenFile(f *os.File) (*net.UnixListener, error) {
 
 // PeerOf asks the kernel who is at the other end of c (SO_PEERCRED): for a client the process that listens, for a server the one that connected. PID is 0 for a
 // process of a PID namespace that this one cannot see.
-func PeerOf(c *net.UnixConn) (Peer, error) {
+func PeerOf(c *net.UnixConn) (Caller, error) {
 	rc, err := c.SyscallConn()
 	if err != nil {
-		return Peer{}, err
+		return Caller{}, err
 	}
 	var cred *unix.Ucred
 	if cerr := rc.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); cerr != nil {
 		err = cerr
 	}
 	if err != nil {
-		return Peer{}, fmt.Errorf("SO_PEERCRED: %w", err)
+		return Caller{}, fmt.Errorf("SO_PEERCRED: %w", err)
 	}
-	return Peer{PID: int(cred.Pid), UID: int(cred.Uid)}, nil
+	return Caller{PID: int(cred.Pid), UID: int(cred.Uid)}, nil
 }
 
 // Admit is nil when the process at the other end of c is the node's own user's, or root's.
@@ -216,7 +243,7 @@ func Admit(c *net.UnixConn) error {
 }
 
 // checkPeer lets the node's own user and root in.
-func checkPeer(p Peer, self int) error {
+func checkPeer(p Caller, self int) error {
 	if p.UID == self || p.UID == 0 {
 		return nil
 	}

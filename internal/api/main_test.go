@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -18,6 +19,7 @@ import (
 
 	"patchbay/internal/edge"
 	"patchbay/internal/testbed"
+	"patchbay/internal/wire"
 	"patchbay/tap"
 )
 
@@ -43,6 +45,7 @@ type fake struct {
 	networks    map[string]Network
 	attachments map[string]Attachment // by NETWORK/NAME
 	publishes   map[string]Publish
+	peers       []Peer
 	calls       []string
 	sessions    []*fakeAttaching
 	plugErr     error
@@ -157,7 +160,7 @@ func (f *fake) Attachment(network, name string) (Attachment, error) {
 	return a, f.err
 }
 
-func (f *fake) Attach(_ context.Context, network string, spec AttachmentSpec, peer Peer) (Attaching, error) {
+func (f *fake) Attach(_ context.Context, network string, spec AttachmentSpec, peer Caller) (Attaching, error) {
 	f.mu.Lock()
 	slow := f.slow
 	defer f.mu.Unlock()
@@ -178,7 +181,7 @@ func (f *fake) Attach(_ context.Context, network string, spec AttachmentSpec, pe
 	return a, nil
 }
 
-func (f *fake) Resume(ctx context.Context, network, name string, peer Peer) (Attaching, error) {
+func (f *fake) Resume(ctx context.Context, network, name string, peer Caller) (Attaching, error) {
 	if _, err := f.Attachment(network, name); err != nil {
 		return nil, err
 	}
@@ -238,6 +241,73 @@ func (f *fake) RemovePublish(_ context.Context, id string) error {
 	return f.note("unpublish %s", id)
 }
 
+func (f *fake) Peers(network string) (l []Peer, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, ok := f.networks[network]; !ok && network != "" {
+		return nil, noNetwork(network)
+	}
+	for _, p := range f.peers {
+		if network == "" || p.Network == network {
+			l = append(l, p)
+		}
+	}
+	return l, f.err
+}
+
+func (f *fake) AddPeer(_ context.Context, network string, spec PeerSpec) (Peer, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, ok := f.networks[network]; !ok {
+		return Peer{}, noNetwork(network)
+	}
+	p := Peer{PeerSpec: spec, Network: network, State: PeerUp, Sealed: true, RTT: 0.25, Loss: 0.5, RxFrames: 3, TxBytes: 9, Drops: []DropCount{{Reason: "too-big", Count: 2}}, Origin: "api"}
+	f.peers = append(f.peers, p)
+	return p, f.note("peer %s", PeerRef(spec.Host, spec.Port))
+}
+
+// peer finds one; f.mu is held.
+func (f *fake) peer(network, ref string) (*Peer, error) {
+	for i := range f.peers {
+		if p := &f.peers[i]; p.Network == network && PeerRef(p.Host, p.Port) == ref {
+			return p, nil
+		}
+	}
+	return nil, Errorf(CodeNotFound, "`patchbay peer ls` lists them", "network %q has no peer %q", network, ref)
+}
+
+func (f *fake) RemovePeer(_ context.Context, network, ref string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, err := f.peer(network, ref); err != nil {
+		return err
+	}
+	f.peers = slices.DeleteFunc(f.peers, func(p Peer) bool { return p.Network == network && PeerRef(p.Host, p.Port) == ref })
+	return f.note("unpeer %s", ref)
+}
+
+func (f *fake) AddPeerFDB(_ context.Context, network, ref string, mac wire.MAC) (Peer, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p, err := f.peer(network, ref)
+	if err != nil {
+		return Peer{}, err
+	}
+	p.FDB = append(p.FDB, mac)
+	return *p, f.note("fdb %s %s", ref, mac)
+}
+
+func (f *fake) RemovePeerFDB(_ context.Context, network, ref string, mac wire.MAC) (Peer, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p, err := f.peer(network, ref)
+	if err != nil {
+		return Peer{}, err
+	}
+	p.FDB = slices.DeleteFunc(p.FDB, func(m wire.MAC) bool { return m == mac })
+	return *p, f.note("unfdb %s %s", ref, mac)
+}
+
 func (f *fake) FDB(network string) ([]FDBEntry, error) {
 	if _, err := f.Network(network); err != nil {
 		return nil, err
@@ -293,7 +363,7 @@ func (f *fake) session(t *testing.T, n int) *fakeAttaching {
 type fakeAttaching struct {
 	f        *fake
 	att      Attachment
-	peer     Peer
+	peer     Caller
 	detached chan struct{}
 
 	mu            sync.Mutex

@@ -48,6 +48,15 @@ var (
 	descFlows       = desc("flows", "What NAT carries at the moment; tcp-opening are those of tcp that wait for an answer.", "network", "kind")
 	descPublished   = desc("published_ports", "Published ports that are open.", "network")
 	descFDB         = desc("fdb_entries", "MAC addresses the switch knows.", "network")
+	descPeerUp      = desc("peer_up", "Whether the peer answers, or for a kernel, which cannot, whether frames ever came.", "network", "peer")
+	descPeerSealed  = desc("peer_sealed", "Whether there are keys for the peer: nothing of a sealed network passes while there are none.", "network", "peer")
+	descPeerRTT     = desc("peer_rtt_seconds", "The round trip to the peer; none while it is not known.", "network", "peer")
+	descPeerLoss    = desc("peer_loss_ratio", "The part of what the peer sent lately that did not come.", "network", "peer")
+	descPeerRx      = desc("peer_receive_frames_total", "Frames from the peer.", "network", "peer")
+	descPeerRxBytes = desc("peer_receive_bytes_total", "Bytes of frames from the peer.", "network", "peer")
+	descPeerTx      = desc("peer_transmit_frames_total", "Frames to the peer.", "network", "peer")
+	descPeerTxBytes = desc("peer_transmit_bytes_total", "Bytes of UDP payload to the peer.", "network", "peer")
+	descPeerDrops   = desc("peer_drops_total", "Frames from the peer or for it that were not delivered, by reason.", "network", "peer", "reason")
 )
 
 // collector asks the Backend at each scrape. It holds nothing, so what is removed is gone from the next scrape.
@@ -57,6 +66,7 @@ type collector struct{ b Backend }
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		descInfo, descNetworks, descAttachments, descRxFrames, descRxBytes, descTxFrames, descTxBytes, descRxDropped, descTxRefused, descDrops, descFlows, descPublished, descFDB,
+		descPeerUp, descPeerSealed, descPeerRTT, descPeerLoss, descPeerRx, descPeerRxBytes, descPeerTx, descPeerTxBytes, descPeerDrops,
 	} {
 		ch <- d
 	}
@@ -89,6 +99,42 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 		gauge(descFlows, n.Flows.Published, n.Name, "published")
 		gauge(descPublished, n.Flows.PublishedPorts, n.Name)
 		c.collectNetwork(n.Name, gauge, count)
+	}
+	c.collectPeers(count, ch)
+}
+
+// collectPeers shows the tunnels.
+func (c *collector) collectPeers(count func(*prometheus.Desc, uint64, ...string), ch chan<- prometheus.Metric) {
+	peers, err := c.b.Peers("")
+	if err != nil {
+		return
+	}
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	for _, p := range peers {
+		name := PeerRef(p.Host, p.Port)
+		up := 0.0
+		if p.State == PeerUp || p.State == PeerHeard {
+			up = 1
+		}
+		gauge(descPeerUp, up, p.Network, name)
+		sealed := 0.0
+		if p.Sealed {
+			sealed = 1
+		}
+		gauge(descPeerSealed, sealed, p.Network, name)
+		if p.RTT > 0 {
+			gauge(descPeerRTT, p.RTT, p.Network, name)
+		}
+		gauge(descPeerLoss, p.Loss, p.Network, name)
+		count(descPeerRx, p.RxFrames, p.Network, name)
+		count(descPeerRxBytes, p.RxBytes, p.Network, name)
+		count(descPeerTx, p.TxFrames, p.Network, name)
+		count(descPeerTxBytes, p.TxBytes, p.Network, name)
+		for _, d := range p.Drops {
+			count(descPeerDrops, d.Count, p.Network, name, d.Reason)
+		}
 	}
 }
 

@@ -219,7 +219,8 @@ var documentedTypes = map[string]reflect.Type{
 	"Error": reflect.TypeFor[Error](), "Refusal": reflect.TypeFor[refusal](), "Info": reflect.TypeFor[Info](),
 	"NetworkSpec": reflect.TypeFor[NetworkSpec](), "Network": reflect.TypeFor[Network](), "AttachmentSpec": reflect.TypeFor[AttachmentSpec](),
 	"Attachment": reflect.TypeFor[Attachment](), "Port": reflect.TypeFor[Port](), "Flows": reflect.TypeFor[Flows](), "Publish": reflect.TypeFor[Publish](),
-	"PublishSpec": reflect.TypeFor[PublishSpec](), "FDBEntry": reflect.TypeFor[FDBEntry](), "DropCount": reflect.TypeFor[DropCount](),
+	"PublishSpec": reflect.TypeFor[PublishSpec](), "FDBEntry": reflect.TypeFor[FDBEntry](),
+	"Peer": reflect.TypeFor[Peer](), "PeerSpec": reflect.TypeFor[PeerSpec](), "FDBSpec": reflect.TypeFor[FDBSpec](), "DropCount": reflect.TypeFor[DropCount](),
 	"Plan": reflect.TypeFor[Plan](), "Interface": reflect.TypeFor[edge.Interface](), "Route": reflect.TypeFor[tap.Route](), "Device": reflect.TypeFor[Device](),
 	"DeviceInfo": reflect.TypeFor[tap.Info](), "Identity": reflect.TypeFor[netns.Identity](), "Event": reflect.TypeFor[Event](),
 }
@@ -238,6 +239,8 @@ var scalarTypes = map[string]struct {
 	"Lifetime":  {reflect.TypeFor[Lifetime](), []string{string(LifetimeSession), string(LifetimeNamespace), string(LifetimeStream)}},
 	"State":     {reflect.TypeFor[State](), []string{string(StateUp), string(StateLeaving), string(StateWaiting)}},
 	"EventKind": {reflect.TypeFor[EventKind](), []string{string(EventUp), string(EventError), string(EventDetached)}},
+	"Wire":      {reflect.TypeFor[Wire](), []string{string(WireVXLAN), string(WirePatchbay)}},
+	"PeerState": {reflect.TypeFor[PeerState](), []string{string(PeerWaiting), string(PeerNew), string(PeerHeard), string(PeerHandshake), string(PeerUp), string(PeerDown)}},
 	"Code":      {reflect.TypeFor[Code](), asStrings(codes)},
 }
 
@@ -373,11 +376,13 @@ func checkType(t *testing.T, what string, s schema, typ reflect.Type) {
 func TestBounds(t *testing.T) {
 	d := contract(t)
 	n, a := d.Components.Schemas["NetworkSpec"].Properties, d.Components.Schemas["AttachmentSpec"].Properties
+	p := d.Components.Schemas["PeerSpec"].Properties
 	for what, c := range map[string]struct {
 		got  *int
 		want int
 	}{
 		"mtu min": {n["mtu"].Minimum, MinMTU}, "mtu max": {n["mtu"].Maximum, MaxMTU}, "vni max": {n["vni"].Maximum, MaxVNI}, "dns": {n["dns"].MaxItems, maxResolvers},
+		"fdb": {p["fdb"].MaxItems, MaxPeerFDB}, "host": {p["host"].MaxLength, maxHost},
 		"aliases": {a["aliases"].MaxItems, maxAliases}, "publish": {a["publish"].MaxItems, maxPublishes}, "queues": {a["queues"].Maximum, MaxQueues},
 		"ifname": {a["ifname"].MaxLength, MaxIfName}, "stream": {a["stream"].MaxLength, maxSocket}, "hostname": {a["hostname"].MaxLength, maxHostname},
 	} {

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"patchbay/internal/wire"
 )
 
 //go:embed openapi.yaml
@@ -46,6 +48,12 @@ var routes = []route{
 	{"POST", Prefix + "/networks/{network}/attachments/{name}/publishes", nil, (*Server).addPublish},
 	{"GET", Prefix + "/publishes", nil, (*Server).listPublishes},
 	{"DELETE", Prefix + "/publishes/{id}", nil, (*Server).removePublish},
+
+	{"GET", Prefix + "/peers", []string{"network"}, (*Server).listPeers},
+	{"POST", Prefix + "/networks/{network}/peers", nil, (*Server).addPeer},
+	{"DELETE", Prefix + "/networks/{network}/peers/{peer}", nil, (*Server).removePeer},
+	{"POST", Prefix + "/networks/{network}/peers/{peer}/fdb", nil, (*Server).addPeerFDB},
+	{"DELETE", Prefix + "/networks/{network}/peers/{peer}/fdb/{mac}", nil, (*Server).removePeerFDB},
 
 	{"GET", Prefix + "/drops", nil, (*Server).listDrops},
 	{"POST", Prefix + "/takeover", nil, (*Server).takeover},
@@ -156,6 +164,42 @@ func (s *Server) addPublish(w http.ResponseWriter, r *http.Request) error {
 
 func (s *Server) removePublish(w http.ResponseWriter, r *http.Request) error {
 	return noContent(w, s.cfg.Backend.RemovePublish(r.Context(), r.PathValue("id")))
+}
+
+func (s *Server) listPeers(w http.ResponseWriter, r *http.Request) error {
+	l, err := s.cfg.Backend.Peers(r.URL.Query().Get("network"))
+	return list(w, l, err)
+}
+
+func (s *Server) addPeer(w http.ResponseWriter, r *http.Request) error {
+	var spec PeerSpec
+	if err := s.decode(w, r, &spec); err != nil {
+		return err
+	}
+	p, err := s.cfg.Backend.AddPeer(r.Context(), r.PathValue("network"), spec)
+	return ok(w, http.StatusCreated, p, err)
+}
+
+func (s *Server) removePeer(w http.ResponseWriter, r *http.Request) error {
+	return noContent(w, s.cfg.Backend.RemovePeer(r.Context(), r.PathValue("network"), r.PathValue("peer")))
+}
+
+func (s *Server) addPeerFDB(w http.ResponseWriter, r *http.Request) error {
+	var spec FDBSpec
+	if err := s.decode(w, r, &spec); err != nil {
+		return err
+	}
+	p, err := s.cfg.Backend.AddPeerFDB(r.Context(), r.PathValue("network"), r.PathValue("peer"), spec.MAC)
+	return ok(w, http.StatusCreated, p, err)
+}
+
+func (s *Server) removePeerFDB(w http.ResponseWriter, r *http.Request) error {
+	var mac wire.MAC
+	if err := mac.UnmarshalText([]byte(r.PathValue("mac"))); err != nil {
+		return Errorf(CodeInvalid, "write six hexadecimal bytes, such as 02:00:5e:10:00:01", "static entry %q is no MAC", abbreviate(r.PathValue("mac")))
+	}
+	p, err := s.cfg.Backend.RemovePeerFDB(r.Context(), r.PathValue("network"), r.PathValue("peer"), mac)
+	return ok(w, http.StatusOK, p, err)
 }
 
 // captureError is the trailer in which a capture says why it ended early: a refusal as JSON.

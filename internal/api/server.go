@@ -30,7 +30,7 @@ type ServerConfig struct {
 	// Logger gets refused users, failures of the node's own (CodeInternal), and the server's beginning and end. Default: none.
 	Logger *slog.Logger
 	// Peer asks who is at the other end of a connection. Default: PeerOf, the kernel.
-	Peer func(*net.UnixConn) (Peer, error)
+	Peer func(*net.UnixConn) (Caller, error)
 	// UID is whose node this is. Default: the process's effective uid.
 	UID func() int
 	// DeviceTimeout is how long a client may take from the Plan to its Device. Default 1 minute.
@@ -74,8 +74,8 @@ func NewServer(cfg ServerConfig) *Server {
 
 // serving is one call of Serve.
 type serving struct {
-	ending   <-chan struct{}
-	listener *net.UnixListener
+	ending <-chan struct{}
+	socket *socket
 
 	mu       sync.Mutex
 	ended    bool // no session begins any more
@@ -105,14 +105,14 @@ type (
 
 // who is the outcome of ServerConfig.Peer for a connection.
 type who struct {
-	peer Peer
+	peer Caller
 	err  error
 }
 
 // Serve answers on l until ctx ends, and then ends captures and sessions, lets other requests end, and closes l. Attachments of LifetimeSession outlast that: their
 // clients resume them at the next node. It blocks. The error is nil when ctx ended it. Several calls may run at once.
 func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
-	run := &serving{ending: ctx.Done(), listener: l}
+	run := &serving{ending: ctx.Done(), socket: &socket{UnixListener: l}}
 	base, cancel := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), servingKey{}, run))
 	defer cancel()
 	srv := &http.Server{
@@ -134,7 +134,7 @@ func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
 	place := inode(l)
 	s.log.Info("listening", "socket", l.Addr().String())
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(l) }()
+	go func() { served <- srv.Serve(run.socket) }()
 	var err error
 	select {
 	case err = <-served:
@@ -142,7 +142,7 @@ func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
 	case <-ctx.Done():
 	}
 	if inode(l) != place {
-		l.SetUnlinkOnClose(false) // somebody has put another socket there
+		run.socket.SetUnlinkOnClose(false) // somebody has put another socket there
 	}
 	grace, stop := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.Grace)
 	defer stop()
@@ -223,7 +223,7 @@ func (s *Server) admit(r *http.Request) error {
 	return err
 }
 
-func peerOf(r *http.Request) Peer { return r.Context().Value(peerKey{}).(who).peer }
+func peerOf(r *http.Request) Caller { return r.Context().Value(peerKey{}).(who).peer }
 
 // handler is what all routes have in common: parameters that the route does not know are refused, and errors are answered.
 func (s *Server) handler(rt route) http.HandlerFunc {

@@ -18,6 +18,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
+
+	"patchbay/internal/wire"
 )
 
 // raw sends what no client of ours would, and reads the refusal in the answer.
@@ -129,6 +131,29 @@ func TestClient(t *testing.T) {
 			t.Errorf("drops: %v, %v", d, err)
 		}
 	}
+	peer, err := c.AddPeer(ctx, "lan", PeerSpec{Host: "2001:db8::7", Port: 4790, Wire: WirePatchbay})
+	do("peer", err)
+	if peer.Network != "lan" || peer.Port != 4790 || peer.State != PeerUp {
+		t.Errorf("peer: %+v", peer)
+	}
+	ref := PeerRef(peer.Host, peer.Port)
+	mac := wire.MAC{2, 0, 0, 0, 0, 7}
+	if peer, err = c.AddPeerFDB(ctx, "lan", ref, mac); err != nil || len(peer.FDB) != 1 || peer.FDB[0] != mac {
+		t.Errorf("static entry: %+v, %v", peer, err)
+	}
+	if peer, err = c.RemovePeerFDB(ctx, "lan", ref, mac); err != nil || len(peer.FDB) != 0 {
+		t.Errorf("static entry removed: %+v, %v", peer, err)
+	}
+	if peers, err := c.Peers(ctx, "lan"); err != nil || len(peers) != 1 || peers[0].Host != "2001:db8::7" {
+		t.Errorf("peers: %v, %v", peers, err)
+	}
+	do("peer rm", c.RemovePeer(ctx, "lan", ref))
+	if err := c.RemovePeer(ctx, "lan", ref); CodeOf(err) != CodeNotFound {
+		t.Errorf("peer rm again: %v", err)
+	}
+	if _, err := c.AddPeer(ctx, "wan", PeerSpec{Host: "h"}); CodeOf(err) != CodeNotFound {
+		t.Errorf("peer of no network: %v", err)
+	}
 	do("detach", c.Detach(ctx, "lan", "vm"))
 	do("remove", c.RemoveNetwork(ctx, "lan"))
 	if err := c.RemoveNetwork(ctx, "lan"); CodeOf(err) != CodeNotFound {
@@ -139,7 +164,7 @@ func TestClient(t *testing.T) {
 	if !bytes.Equal(y, openAPI) {
 		t.Error("openapi.yaml is not what was embedded")
 	}
-	want := "create lan, stream lan/vm, publish 8080:80, unpublish p1, detach lan/vm, remove lan"
+	want := "create lan, stream lan/vm, publish 8080:80, unpublish p1, peer [2001:db8::7]:4790, fdb [2001:db8::7]:4790 02:00:00:00:00:07, unfdb [2001:db8::7]:4790 02:00:00:00:00:07, unpeer [2001:db8::7]:4790, detach lan/vm, remove lan"
 	if got := strings.Join(s.calls, ", "); got != want {
 		t.Errorf("changes: %s, want %s", got, want)
 	}
@@ -309,11 +334,11 @@ func TestCodes(t *testing.T) {
 func TestOtherUser(t *testing.T) {
 	var uid atomic.Int64
 	uid.Store(424242)
-	s := start(t, ServerConfig{Peer: func(*net.UnixConn) (Peer, error) {
+	s := start(t, ServerConfig{Peer: func(*net.UnixConn) (Caller, error) {
 		if uid.Load() < 0 {
-			return Peer{}, errors.New("EBADF")
+			return Caller{}, errors.New("EBADF")
 		}
-		return Peer{PID: 7, UID: int(uid.Load())}, nil
+		return Caller{PID: 7, UID: int(uid.Load())}, nil
 	}})
 	for _, r := range routes {
 		_, e := s.raw(t, r.method, strings.NewReplacer("{", "", "}", "").Replace(r.pattern), nil, nil)
@@ -352,7 +377,7 @@ func TestCheckPeer(t *testing.T) {
 		{424242, 424243, "user with uid 424242 may not use uid 424243's node; run a daemon of your own"},
 		{1, 424242, "user daemon (uid 1) may not use uid 424242's node; run a daemon of your own"},
 	} {
-		err := checkPeer(Peer{UID: c.uid}, c.self)
+		err := checkPeer(Caller{UID: c.uid}, c.self)
 		if c.want == "" && err != nil || c.want != "" && (err == nil || err.Error() != c.want || CodeOf(err) != CodeForbidden) {
 			t.Errorf("uid %d at uid %d's: %v, want %q", c.uid, c.self, err, c.want)
 		}
@@ -444,6 +469,9 @@ func TestMetrics(t *testing.T) {
 	n.Ports = append(n.Ports, Port{Name: "twin", TxBytes: 1}, Port{Name: "twin", TxBytes: 2})
 	s.networks["lan"] = n
 	s.attachments["lan/web"] = Attachment{Network: "lan", Name: "web", State: StateUp}
+	if _, err := s.AddPeer(t.Context(), "lan", PeerSpec{Host: "b.test", Port: 4789}); err != nil {
+		t.Fatal(err)
+	}
 	resp, _ := s.raw(t, "GET", "/metrics", nil, nil)
 	if ct := resp.Header.Get("Content-Type"); !strings.HasPrefix(ct, "text/plain; version=0.0.4") {
 		t.Errorf("content type %q", ct)
@@ -473,6 +501,13 @@ func TestMetrics(t *testing.T) {
 		`patchbay_drops_total{network="lan",reason="storm"} 5`,
 		`patchbay_flows{kind="tcp",network="dmz"} 3`,
 		`patchbay_fdb_entries{network="lan"} 1`,
+		`patchbay_peer_up{network="lan",peer="b.test:4789"} 1`,
+		`patchbay_peer_sealed{network="lan",peer="b.test:4789"} 1`,
+		`patchbay_peer_rtt_seconds{network="lan",peer="b.test:4789"} 0.25`,
+		`patchbay_peer_loss_ratio{network="lan",peer="b.test:4789"} 0.5`,
+		`patchbay_peer_receive_frames_total{network="lan",peer="b.test:4789"} 3`,
+		`patchbay_peer_transmit_bytes_total{network="lan",peer="b.test:4789"} 9`,
+		`patchbay_peer_drops_total{network="lan",peer="b.test:4789",reason="too-big"} 2`,
 	} {
 		if !strings.Contains(string(b), line+"\n") {
 			t.Errorf("no line %s", line)

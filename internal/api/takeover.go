@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"strings"
 	"time"
@@ -27,12 +28,14 @@ const MaxPartFDs = MaxQueues
 type Part struct {
 	Kind    PartKind `json:"kind"`
 	Network string   `json:"network,omitempty"`
-	Name    string   `json:"name,omitempty"` // of the attachment
+	Name    string   `json:"name,omitempty"` // of the attachment; HOST:PORT of a PartSessions' peer
 	ID      string   `json:"id,omitempty"`   // of the published ports
 	// Info describes the device of a PartTAP.
 	Info *tap.Info `json:"info,omitempty"`
-	// Data is what has been read already of a PartMachine's connection.
+	// Data is what has been read already of a PartMachine's connection, or what PartSessions is about.
 	Data []byte `json:"data,omitempty"`
+	// Listen is where PartTunnel's sockets were asked to listen.
+	Listen netip.AddrPort `json:"listen,omitzero"`
 	// Flows are what PartUDP's sockets belong to.
 	Flows json.RawMessage `json:"flows,omitempty"`
 }
@@ -42,13 +45,15 @@ type PartKind string
 
 // The kinds of Part.
 const (
-	PartAPI     PartKind = "api"     // the node's own socket
-	PartTAP     PartKind = "tap"     // an attachment's device
-	PartStream  PartKind = "stream"  // the socket where a virtual machine connects
-	PartMachine PartKind = "machine" // the connection of one; Info has its MAC
-	PartPublish PartKind = "publish" // some of the sockets of published ports, in order of the range
-	PartUDP     PartKind = "udp"     // sockets of NAT's UDP flows
-	PartEnd     PartKind = "end"     // that is all, and the state on disk may be opened
+	PartAPI      PartKind = "api"      // the node's own socket
+	PartTAP      PartKind = "tap"      // an attachment's device
+	PartStream   PartKind = "stream"   // the socket where a virtual machine connects
+	PartMachine  PartKind = "machine"  // the connection of one; Info has its MAC
+	PartPublish  PartKind = "publish"  // some of the sockets of published ports, in order of the range
+	PartUDP      PartKind = "udp"      // sockets of NAT's UDP flows
+	PartTunnel   PartKind = "tunnel"   // sockets of the tunnels at one UDP port, the listening one first
+	PartSessions PartKind = "sessions" // the keys of a sealed peer
+	PartEnd      PartKind = "end"      // that is all, and the state on disk may be opened
 )
 
 // Handing is a node that has stopped for its successor.
@@ -168,12 +173,12 @@ func (s *Server) handOver(run *serving, c *net.UnixConn) error {
 	if err := answer(); err != nil {
 		return err
 	}
-	own, err := Handover(run.listener)
+	own, err := run.socket.handOver()
 	if err != nil {
 		return err
 	}
 	defer unix.Close(own)
-	keep := func() { run.listener.SetUnlinkOnClose(true) }
+	keep := func() { run.socket.SetUnlinkOnClose(true) }
 	if err := send(Part{Kind: PartAPI}, []int{own}); err != nil {
 		keep()
 		return err

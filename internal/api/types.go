@@ -25,6 +25,9 @@ type Info struct {
 	StateDir string    `json:"stateDir"`
 	// Config is the path of the configuration file, or empty.
 	Config string `json:"config,omitempty"`
+	// Identity is what the node is known by on sealed networks: "certificate", "key" or nothing. Expires is when the certificate does.
+	Identity string    `json:"identity,omitempty"`
+	Expires  time.Time `json:"expires,omitzero"`
 }
 
 // NetworkSpec asks for a network. The zero value of every field but Name is its documented default.
@@ -35,7 +38,8 @@ type NetworkSpec struct {
 	Subnets []netip.Prefix `json:"subnets,omitempty"`
 	// Gateways are the gateway's addresses, each inside one of the subnets. Default: the first address of each.
 	Gateways []netip.Addr `json:"gateways,omitempty"`
-	// MTU in bytes of IP packet, 576 (IPv4 alone) or 1280 to 65521. Default 1500.
+	// MTU in bytes of IP packet, 576 (IPv4 alone) or 1280 to 65521. Default 1500; with a VNI what the underlay carries towards the peers less the tunnel's headers, which
+	// follows the paths.
 	MTU int `json:"mtu,omitempty"`
 	// Internal networks have no way out: names and DHCP, but no NAT, no default route, no published ports.
 	Internal bool `json:"internal,omitempty"`
@@ -43,6 +47,16 @@ type NetworkSpec struct {
 	Isolate bool `json:"isolate,omitempty"`
 	// VNI is the network's number on tunnels, 1 to 16777215, unique on the node. Default: none, it stays on this host.
 	VNI uint32 `json:"vni,omitempty"`
+	// Wire is how frames travel to peers that name no other. It wants a VNI. Default WireVXLAN.
+	Wire Wire `json:"wire,omitempty"`
+	// Seal says that nothing of the network leaves this host unencrypted, and nothing unauthenticated enters. It wants a VNI.
+	Seal bool `json:"seal,omitempty"`
+	// Group is a multicast group, ADDR%IFACE, to which kernels among the peers send their broadcast: this node listens to it on the interface. It wants a VNI. Default: none.
+	Group string `json:"group,omitempty"`
+	// Port is the UDP port of the network's tunnels, here and at its peers. It wants a VNI. Default: the daemon's.
+	Port uint16 `json:"port,omitempty"`
+	// IPRanges are the parts of the subnets that this node hands addresses out of, at most one a subnet: nodes that share a subnet must not give one address twice. Default: all of each.
+	IPRanges []netip.Prefix `json:"ipRanges,omitempty"`
 	// DNS are resolvers to ask, ADDR:PORT (see ParseResolver), instead of the host's resolv.conf.
 	DNS []netip.AddrPort `json:"dns,omitempty"`
 	// HostLoopback lets containers reach the host's loopback as host.patchbay.internal.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"patchbay/ipam"
@@ -115,6 +116,9 @@ func (s *NetworkSpec) validate() error {
 			}
 		}
 	}
+	if err := s.checkTunnel(); err != nil {
+		return err
+	}
 	switch {
 	case s.MTU != 0 && (s.MTU < MinMTU || s.MTU > MaxMTU):
 		return Errorf(CodeInvalid, fmt.Sprintf("take one from %d to %d, or from %d with IPv6", MinMTU, MaxMTU, MinMTU6), "MTU %d is out of range", s.MTU)
@@ -133,6 +137,65 @@ func (s *NetworkSpec) validate() error {
 		}
 	}
 	return nil
+}
+
+// checkTunnel looks at what is for peers on other hosts.
+func (s *NetworkSpec) checkTunnel() error {
+	for i, r := range s.IPRanges {
+		if !r.IsValid() || r != r.Masked() {
+			return Errorf(CodeInvalid, "write ADDR/LENGTH without bits behind the length, such as 10.9.0.64/26", "range %s of addresses is none", r)
+		}
+		if !slices.ContainsFunc(s.Subnets, func(p netip.Prefix) bool { return p.Overlaps(r) && r.Bits() >= p.Bits() }) {
+			return Errorf(CodeInvalid, "give the subnet too, and a part of it that this node alone hands out", "range %s of addresses is in no subnet that was given", r)
+		}
+		for _, q := range s.IPRanges[:i] {
+			if q.Addr().Is4() == r.Addr().Is4() {
+				return Errorf(CodeInvalid, "give at most one IPv4 and one IPv6 range", "ranges %s and %s are of the same IP version", q, r)
+			}
+		}
+	}
+	for _, p := range s.Subnets {
+		if len(s.IPRanges) > 0 && s.VNI != 0 && !slices.ContainsFunc(s.IPRanges, p.Overlaps) {
+			return Errorf(CodeInvalid, "give one of it too, since other nodes hand addresses out as well", "subnet %s has no range, and another one has", p)
+		}
+	}
+	if err := s.Wire.check(); err != nil {
+		return err
+	}
+	if s.Group != "" {
+		if _, _, err := ParseGroup(s.Group); err != nil {
+			return err
+		}
+		if s.Seal {
+			return Errorf(CodeInvalid, "leave one of them out", "a sealed network has no kernel among its peers, and so no use for a group")
+		}
+	}
+	what := ""
+	switch {
+	case s.VNI != 0:
+	case s.Wire != "":
+		what = "a wire"
+	case s.Seal:
+		what = "seal"
+	case s.Port != 0:
+		what = "a port"
+	case s.Group != "":
+		what = "a group"
+	}
+	if what != "" {
+		return Errorf(CodeInvalid, "give it a VNI too, its number on all its nodes", "%s is for a network on several hosts", what)
+	}
+	return nil
+}
+
+// ParseGroup reads a multicast group and the interface on which it is: ADDR%IFACE. The error is an *Error of CodeInvalid.
+func ParseGroup(s string) (group netip.Addr, iface string, err error) {
+	addr, iface, _ := strings.Cut(s, "%")
+	group, err = netip.ParseAddr(addr)
+	if err != nil || !group.IsMulticast() || iface == "" || len(iface) > 15 || strings.ContainsAny(iface, "/ \t\n") {
+		return group, iface, Errorf(CodeInvalid, "write ADDR%IFACE, such as 239.1.1.1%eth0 or ff05::100%eth0", "group %q is none", abbreviate(s))
+	}
+	return group.Unmap(), iface, nil
 }
 
 // Validate checks what can be checked without a node. The error is an *Error of CodeInvalid.

@@ -79,6 +79,26 @@ func TestNetworkSpec(t *testing.T) {
 		{`{"name":"lan","dns":[` + strings.Repeat(`"9.9.9.9:53",`, 16) + `"9.9.9.9:53"]}`, "17 resolvers are too many"},
 		{`{"name":"lan","internal":true,"dns":["9.9.9.9:53"]}`, "an internal network reaches no resolver"},
 		{`{"name":"lan","internal":true,"hostLoopback":true}`, "an internal network"},
+		{`{"name":"lan","vni":7,"wire":"patchbay","seal":true,"port":8472,"subnets":["10.1.0.0/16","fd00:1::/64"],"ipRanges":["10.1.4.0/22","fd00:1::1:0/112"]}`, ""},
+		{`{"name":"lan","subnets":["10.1.0.0/16"],"ipRanges":["10.1.0.0/16"]}`, ""},
+		{`{"name":"lan","vni":7,"subnets":["10.1.0.0/16","fd00:1::/64"],"ipRanges":["10.1.4.0/22"]}`, "subnet fd00:1::/64 has no range, and another one has"},
+		{`{"name":"lan","vni":7,"wire":"geneve"}`, `wire "geneve" is not known; use vxlan or patchbay`},
+		{`{"name":"lan","wire":"vxlan"}`, "a wire is for a network on several hosts; give it a VNI too"},
+		{`{"name":"lan","vni":7,"group":"239.1.1.1%eth0"}`, ""},
+		{`{"name":"lan","vni":7,"group":"ff05::1%eth0"}`, ""},
+		{`{"name":"lan","vni":7,"group":"239.1.1.1"}`, "ADDR%IFACE"},
+		{`{"name":"lan","vni":7,"group":"10.1.1.1%eth0"}`, "ADDR%IFACE"},
+		{`{"name":"lan","vni":7,"group":"239.1.1.1%a/b"}`, "ADDR%IFACE"},
+		{`{"name":"lan","vni":7,"group":"239.1.1.1%eth0","seal":true}`, "leave one of them out"},
+		{`{"name":"lan","group":"239.1.1.1%eth0"}`, "a group is for a network on several hosts"},
+		{`{"name":"lan","seal":true}`, "seal is for a network on several hosts"},
+		{`{"name":"lan","port":4789}`, "a port is for a network on several hosts"},
+		{`{"name":"lan","vni":7,"port":65536}`, `decode: field "port"`},
+		{`{"name":"lan","ipRanges":["10.1.0.0/24"]}`, "range 10.1.0.0/24 of addresses is in no subnet that was given; give the subnet too"},
+		{`{"name":"lan","subnets":["10.1.0.0/16"],"ipRanges":["10.2.0.0/24"]}`, "is in no subnet"},
+		{`{"name":"lan","subnets":["10.1.0.0/16"],"ipRanges":["10.0.0.0/8"]}`, "is in no subnet"},
+		{`{"name":"lan","subnets":["10.1.0.0/16"],"ipRanges":["10.1.0.1/24"]}`, "range 10.1.0.1/24 of addresses is none"},
+		{`{"name":"lan","subnets":["10.1.0.0/16"],"ipRanges":["10.1.0.0/24","10.1.1.0/24"]}`, "are of the same IP version"},
 	})
 }
 
@@ -142,6 +162,42 @@ func TestAttachmentSpec(t *testing.T) {
 	})
 }
 
+func TestPeerSpec(t *testing.T) {
+	verify(t, check[PeerSpec], []verdict{
+		{`{"host":"b"}`, ""},
+		{`{"host":"b_1.example.test","port":8472,"wire":"vxlan","noOffload":true,"onePort":true,"fdb":["02:00:00:00:00:01","02:00:00:00:00:02"]}`, ""},
+		{`{"host":"192.0.2.7"}`, ""}, {`{"host":"2001:db8::7"}`, ""}, {`{"host":"fe80::1%eth0"}`, ""},
+		{`{}`, `peer "": host "" is no name of one; give a name such as b.example.test, or an address`},
+		{`{"host":"b:4789"}`, `host "b:4789" is no name of one`},
+		{`{"host":"[2001:db8::7]"}`, "is no name of one"}, {`{"host":"a b"}`, "is no name of one"}, {`{"host":"a..b"}`, "is no name of one"}, {`{"host":"300.1.2.3"}`, "is no name of one"},
+		{`{"host":"` + strings.Repeat("a.", 127) + `a"}`, "is no name of one"},
+		{`{"host":"0.0.0.0"}`, "address 0.0.0.0 is no host's"}, {`{"host":"::"}`, "is no host's"}, {`{"host":"239.1.1.1"}`, "is no host's"}, {`{"host":"255.255.255.255"}`, "is no host's"},
+		{`{"host":"::ffff:192.0.2.7"}`, "is no host's"}, {`{"host":"fe80::1%a b"}`, "is no host's"}, {`{"host":"2001:db8::1%eth0"}`, "is no host's"}, {`{"host":"fe80::1%a\nb"}`, "is no host's"},
+		{`{"host":"b","wire":"Vxlan"}`, `wire "Vxlan" is not known`}, {`{"host":"b","port":-1}`, `decode: field "port"`},
+		{`{"host":"b","fdb":["01:00:5e:00:00:01"]}`, "static entry 01:00:5e:00:00:01 is no station's"},
+		{`{"host":"b","fdb":["02:00:00:00:00:01","02:00:00:00:00:01"]}`, "is given twice"},
+		{`{"host":"b","network":"lan"}`, "decode"},
+	})
+	verify(t, check[FDBSpec], []verdict{{`{"mac":"02:00:00:00:00:01"}`, ""}, {`{}`, "is no station's"}, {`{"mac":"ff:ff:ff:ff:ff:ff"}`, "is no station's"}, {`{"mac":"x"}`, "decode"}})
+}
+
+// TestParsePeer reads what people write, and what PeerRef does.
+func TestParsePeer(t *testing.T) {
+	for in, want := range map[string]string{
+		"b": "b", "B.Example.Test.": "b.example.test", "b:8472": "b:8472", "192.0.2.7": "192.0.2.7", "192.0.2.7:1": "192.0.2.7:1", "2001:db8:0::7": "2001:db8::7", "[2001:db8::7]": "2001:db8::7",
+		"[2001:db8::7]:4789": "[2001:db8::7]:4789", "::ffff:192.0.2.7": "192.0.2.7", "fe80::1%eth0": "fe80::1%eth0",
+		"": "", "b:": "", ":4789": "", "b:0": "", "b:65536": "", "b:x": "", "[b]:1:2": "", "a b": "", "b:4789:1": "", "0.0.0.0": "", "224.0.0.1:4789": "", "1.2.3": "", "-b": "", "b/c": "",
+	} {
+		host, port, err := ParsePeer(in)
+		switch {
+		case want == "" && (err == nil || asError(err).Remedy == ""):
+			t.Errorf("%q: %q %d, %v; want a refusal", in, host, port, err)
+		case want != "" && (err != nil || PeerRef(host, port) != want):
+			t.Errorf("%q: %q, %v; want %q", in, PeerRef(host, port), err, want)
+		}
+	}
+}
+
 func TestOtherSpecs(t *testing.T) {
 	verify(t, check[PublishSpec], []verdict{{`{"spec":"[::1]:8080-8090:80-90/udp"}`, ""}, {`{}`, "no port specification"}, {`{"spec":"80:80\n"}`, "no port specification"}, {`{"spec":"８０:80"}`, "no port"}})
 	verify(t, check[CaptureSpec], []verdict{
@@ -172,7 +228,7 @@ func FuzzSpecs(f *testing.F) {
 	for _, s := range []string{
 		`{"name":"lan","subnets":["10.1.0.0/16","fd00:1::/64"],"gateways":["10.1.0.1"],"mtu":1400,"vni":7,"dns":["9.9.9.9:53"]}`,
 		`{"lifetime":"namespace","name":"web","aliases":["www"],"ifname":"eth0","addrs":["10.1.0.5"],"mac":"02:00:00:00:00:01","publish":["8080:80"],"hostname":"a.b","netns":"/x"}`,
-		`{"lifetime":"stream","stream":"/s"}`, `{"spec":"8080:80"}`, `{"filter":"tcp","snaplen":96,"count":1}`, `{"name":"x"} `, `[{}]`, "{\"name\":\"\xff\"}",
+		`{"lifetime":"stream","stream":"/s"}`, `{"spec":"8080:80"}`, `{"host":"b","port":8472,"wire":"patchbay","fdb":["02:00:00:00:00:01"]}`, `{"filter":"tcp","snaplen":96,"count":1}`, `{"name":"x"} `, `[{}]`, "{\"name\":\"\xff\"}",
 	} {
 		f.Add([]byte(s))
 	}
@@ -180,6 +236,7 @@ func FuzzSpecs(f *testing.F) {
 		for _, fresh := range []func() validator{
 			func() validator { return new(NetworkSpec) }, func() validator { return new(AttachmentSpec) },
 			func() validator { return new(PublishSpec) }, func() validator { return new(CaptureSpec) },
+			func() validator { return new(PeerSpec) }, func() validator { return new(FDBSpec) },
 		} {
 			v := fresh()
 			err := decodeStrict(b, v)
@@ -203,6 +260,28 @@ func FuzzSpecs(f *testing.F) {
 			if err := w.Validate(); err != nil {
 				t.Errorf("%T: valid, but not when written and read again: %s: %v", v, out, err)
 			}
+		}
+	})
+}
+
+// FuzzParsePeer: what is taken for a peer is valid, and reads the same again.
+func FuzzParsePeer(f *testing.F) {
+	for _, s := range []string{"b", "b:8472", "[2001:db8::7]:4789", "::ffff:192.0.2.7", "fe80::1%eth0", "B.test.", "[::1%25]:1", "1.2.3:4"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		host, port, err := ParsePeer(s)
+		if err != nil {
+			if strings.Contains(err.Error(), "\n") || len(err.Error()) > 600 {
+				t.Errorf("error %q", err)
+			}
+			return
+		}
+		if err := (&PeerSpec{Host: host, Port: port}).Validate(); err != nil {
+			t.Errorf("%q: %v", s, err)
+		}
+		if h, p, err := ParsePeer(PeerRef(host, port)); err != nil || h != host || p != port {
+			t.Errorf("%q is %q, which is %q %d, %v", s, PeerRef(host, port), h, p, err)
 		}
 	})
 }

@@ -26,7 +26,7 @@ type Config struct {
 	Client *api.Client
 	// Networks are joined in order, as eth0, eth1, …; the first that has a way out gets the default route.
 	Networks []string
-	// Spec is how. Publish, MAC and Rate are for the first network; of Addrs each network gets those in its subnets.
+	// Spec is how. MAC and Rate are for the first network, and Publish for the first that has a way out; of Addrs each network gets those in its subnets.
 	Spec api.AttachmentSpec
 	// Process is what to run. Its Interfaces, ResolvConf, Hosts and Hostname are filled in here.
 	Process edge.Spec
@@ -106,17 +106,23 @@ func Start(ctx context.Context, cfg Config) (_ *Container, err error) {
 func (c *Container) join(ctx context.Context, process *edge.Spec) error {
 	left := slices.Clone(c.cfg.Spec.Addrs)
 	routed4, routed6, resolves := false, false, false
+	publishing, err := c.publishing(ctx)
+	if err != nil {
+		return err
+	}
 	for i, network := range c.cfg.Networks {
 		spec := c.cfg.Spec
 		spec.Lifetime, spec.IfName = api.LifetimeSession, fmt.Sprintf("eth%d", i)
 		if len(c.cfg.Networks) > 1 {
-			var err error
 			if spec.Addrs, left, err = c.addrsOf(ctx, network, left); err != nil {
 				return err
 			}
 		}
+		if i != publishing {
+			spec.Publish = nil
+		}
 		if i > 0 {
-			spec.Publish, spec.MAC, spec.Rate = nil, [6]byte{}, 0
+			spec.MAC, spec.Rate = [6]byte{}, 0
 			spec.Name = c.members[0].spec.Name
 		}
 		s, err := c.cfg.Client.Attach(ctx, network, spec)
@@ -143,6 +149,23 @@ func (c *Container) join(ctx context.Context, process *edge.Spec) error {
 		return fmt.Errorf("address %s is in no subnet of the networks; choose one inside", left[0])
 	}
 	return nil
+}
+
+// publishing is the number of the network whose way in published ports take: the first that is not internal, or the first one, whose node then says that it publishes nothing.
+func (c *Container) publishing(ctx context.Context) (int, error) {
+	if len(c.cfg.Networks) < 2 || len(c.cfg.Spec.Publish) == 0 {
+		return 0, nil
+	}
+	for i, name := range c.cfg.Networks {
+		nw, err := c.cfg.Client.Network(ctx, name)
+		if err != nil {
+			return 0, err
+		}
+		if !nw.Internal {
+			return i, nil
+		}
+	}
+	return 0, nil
 }
 
 // once keeps the first gateway there is: a container has one default route.

@@ -14,6 +14,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"patchbay/internal/api"
+	"patchbay/internal/wire"
 	"patchbay/ipam"
 	"patchbay/nat"
 )
@@ -34,7 +35,14 @@ type File struct {
 // Network is one the node is to have.
 type Network struct {
 	api.NetworkSpec
-	Line int // where it stands in the file
+	Peers []Peer
+	Line  int // where it stands in the file
+}
+
+// Peer is a node on another host that a network is to go on at.
+type Peer struct {
+	api.PeerSpec
+	Line int
 }
 
 // Rule publishes a range of ports of an attachment, whenever one of that name is there.
@@ -212,12 +220,21 @@ func (p *parser) networks(n *yaml.Node) (out []Network, err error) {
 			"dns":          values(p, &nw.DNS, api.ParseResolver),
 			"hostLoopback": scalar(p, &nw.HostLoopback, yesNo),
 			"linkLocal":    scalar(p, &nw.LinkLocal, yesNo),
+			"wire":         p.wire(&nw.Wire),
+			"seal":         scalar(p, &nw.Seal, yesNo),
+			"port":         p.port(&nw.Port),
+			"group":        func(n *yaml.Node) (err error) { nw.Group, err = p.text(n); return err },
+			"ipRange":      values(p, &nw.IPRanges, parsePrefix),
+			"peers":        func(n *yaml.Node) (err error) { nw.Peers, err = p.peers(n); return err },
 		})
 		if err != nil {
 			return err
 		}
 		if err := nw.Validate(); err != nil {
 			return p.errorf(nw.Line, "%w", err)
+		}
+		if len(nw.Peers) > 0 && nw.VNI == 0 {
+			return p.errorf(nw.Peers[0].Line, "network %q has peers and no vni; give it one, the same on all its nodes", nw.Name)
 		}
 		if line, twice := names[nw.Name]; twice {
 			return p.errorf(nw.Line, "network %q stands twice, first in line %d; keep one", nw.Name, line)
@@ -235,6 +252,96 @@ func parseAddr(s string) (netip.Addr, error) {
 		return netip.Addr{}, fmt.Errorf("%q is not an address; write one such as 10.9.0.1", clip(s))
 	}
 	return a.Unmap(), nil
+}
+
+// parsePrefix leaves it to NetworkSpec.Validate whether the prefix is of use.
+func parsePrefix(s string) (netip.Prefix, error) {
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		return netip.Prefix{}, fmt.Errorf("%q is no range of addresses; write one such as 10.9.0.64/26", clip(s))
+	}
+	return p, nil
+}
+
+// wire reads the name of a wire.
+func (p *parser) wire(to *api.Wire) field {
+	return func(n *yaml.Node) error {
+		s, err := p.text(n)
+		if err != nil {
+			return err
+		}
+		if *to = api.Wire(s); *to != api.WireVXLAN && *to != api.WirePatchbay {
+			return p.errorf(n.Line, "wire %q is not known; use vxlan or patchbay", clip(s))
+		}
+		return nil
+	}
+}
+
+// port reads a UDP port.
+func (p *parser) port(to *uint16) field {
+	return func(n *yaml.Node) error {
+		var v int
+		if err := scalar(p, &v, "a port from 1 to 65535")(n); err != nil {
+			return err
+		}
+		if v < 1 || v > 65535 {
+			return p.errorf(n.Line, "%q is not a port from 1 to 65535", clip(n.Value))
+		}
+		*to = uint16(v)
+		return nil
+	}
+}
+
+// peers reads a network's list of peers, each a word or a mapping.
+func (p *parser) peers(n *yaml.Node) (out []Peer, err error) {
+	seen := make(map[string]int)
+	err = p.list(n, func(n *yaml.Node) error {
+		peer := Peer{Line: n.Line}
+		host := func(n *yaml.Node) error {
+			s, err := p.text(n)
+			if err == nil {
+				peer.Host, peer.Port, err = api.ParsePeer(s)
+				if err != nil {
+					err = p.errorf(n.Line, "%w", err)
+				}
+			}
+			return err
+		}
+		var err error
+		if n.Kind == yaml.ScalarNode {
+			err = host(n)
+		} else {
+			const yesNo = "true or false"
+			err = p.mapping(n, "a peer", map[string]field{
+				"host": host, "wire": p.wire(&peer.Wire), "noOffload": scalar(p, &peer.NoOffload, yesNo), "onePort": scalar(p, &peer.OnePort, yesNo),
+				"fdb": values(p, &peer.FDB, parseMAC),
+			})
+		}
+		switch {
+		case err != nil:
+			return err
+		case peer.Host == "":
+			return p.errorf(peer.Line, "a peer has no host; name it, such as b.example.test")
+		}
+		if err := peer.Validate(); err != nil {
+			return p.errorf(peer.Line, "%w", err)
+		}
+		ref := api.PeerRef(peer.Host, peer.Port)
+		if line, twice := seen[ref]; twice {
+			return p.errorf(peer.Line, "peer %q stands twice, first in line %d; keep one", ref, line)
+		}
+		seen[ref] = peer.Line
+		out = append(out, peer)
+		return nil
+	})
+	return out, err
+}
+
+func parseMAC(s string) (m wire.MAC, err error) {
+	if err := m.UnmarshalText([]byte(s)); err != nil {
+		return m, fmt.Errorf("%q is no MAC; write one such as 02:00:5e:10:00:01", clip(s))
+	}
+	return m, nil
 }
 
 // rules reads the list of published ports.

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"patchbay/internal/api"
+	"patchbay/internal/wire"
 	"patchbay/nat"
 )
 
@@ -23,6 +24,17 @@ networks:
     dns: [9.9.9.9, "[2620:fe::fe]:5353"]
     hostLoopback: true
     linkLocal: yes
+    wire: patchbay
+    seal: false
+    port: 4790
+    ipRange: [10.9.0.128/25, "fd09::1:0/112"]
+    peers:
+      - B.Test
+      - host: "[2001:db8::7]:8472"
+        wire: vxlan
+        noOffload: true
+        onePort: true
+        fdb: ["02:00:00:00:00:01"]
   quiet:
     internal: true
   plain:
@@ -43,9 +55,13 @@ func TestParse(t *testing.T) {
 		{Line: 3, NetworkSpec: api.NetworkSpec{
 			Name: "lab", Subnets: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/24"), netip.MustParsePrefix("fd09::/64")}, Gateways: []netip.Addr{netip.MustParseAddr("10.9.0.254")},
 			MTU: 1400, Isolate: true, VNI: 42, DNS: []netip.AddrPort{netip.MustParseAddrPort("9.9.9.9:53"), netip.MustParseAddrPort("[2620:fe::fe]:5353")}, HostLoopback: true, LinkLocal: true,
+			Wire: api.WirePatchbay, Port: 4790, IPRanges: []netip.Prefix{netip.MustParsePrefix("10.9.0.128/25"), netip.MustParsePrefix("fd09::1:0/112")},
+		}, Peers: []Peer{
+			{Line: 17, PeerSpec: api.PeerSpec{Host: "b.test"}},
+			{Line: 18, PeerSpec: api.PeerSpec{Host: "2001:db8::7", Port: 8472, Wire: api.WireVXLAN, NoOffload: true, OnePort: true, FDB: []wire.MAC{{2, 0, 0, 0, 0, 1}}}},
 		}},
-		{Line: 12, NetworkSpec: api.NetworkSpec{Name: "quiet", Internal: true}},
-		{Line: 14, NetworkSpec: api.NetworkSpec{Name: "plain"}},
+		{Line: 23, NetworkSpec: api.NetworkSpec{Name: "quiet", Internal: true}},
+		{Line: 25, NetworkSpec: api.NetworkSpec{Name: "plain"}},
 	}
 	if !reflect.DeepEqual(f.Networks, want) {
 		t.Errorf("networks\n%+v, want\n%+v", f.Networks, want)
@@ -58,9 +74,9 @@ func TestParse(t *testing.T) {
 		return v
 	}
 	rules := []Rule{
-		{Network: "lab", Attachment: "web", Spec: spec("8080:80"), Line: 16},
-		{Network: "lab", Attachment: "web", Spec: spec("127.0.0.1:5300-5301:53/udp"), Line: 16},
-		{Network: "default", Attachment: "db", Spec: spec("5432:5432"), Line: 19},
+		{Network: "lab", Attachment: "web", Spec: spec("8080:80"), Line: 27},
+		{Network: "lab", Attachment: "web", Spec: spec("127.0.0.1:5300-5301:53/udp"), Line: 27},
+		{Network: "default", Attachment: "db", Spec: spec("5432:5432"), Line: 30},
 	}
 	if !reflect.DeepEqual(f.Publish, rules) {
 		t.Errorf("rules\n%+v, want\n%+v", f.Publish, rules)
@@ -92,6 +108,20 @@ func TestErrors(t *testing.T) {
 		{"vni too large", "networks:\n  a:\n    vni: 16777216\n", `f.yaml:2: network "a": VNI 16777216 is out of range`},
 		{"name", "networks:\n  a/b:\n", `f.yaml:2: network: name "a/b" is not a host name`},
 		{"long name", "networks:\n  ? " + strings.Repeat("a", 5000) + "\n  :\n", `f.yaml:2: network: name "aaa`},
+		{"wire", "networks:\n  a:\n    vni: 1\n    wire: geneve\n", `f.yaml:4: wire "geneve" is not known; use vxlan or patchbay`},
+		{"wire without vni", "networks:\n  a:\n    wire: vxlan\n", `f.yaml:2: network "a": a wire is for a network on several hosts`},
+		{"port", "networks:\n  a:\n    vni: 1\n    port: 65536\n", `f.yaml:4: "65536" is not a port from 1 to 65535`},
+		{"port 0", "networks:\n  a:\n    vni: 1\n    port: 0\n", `f.yaml:4: "0" is not a port`},
+		{"range", "networks:\n  a:\n    ipRange: some\n", `f.yaml:3: "some" is no range of addresses`},
+		{"range outside", "networks:\n  a:\n    subnets: 10.9.0.0/24\n    ipRange: 10.8.0.0/25\n", `f.yaml:2: network "a": range 10.8.0.0/25 of addresses is in no subnet`},
+		{"peers without vni", "networks:\n  a:\n    peers:\n      - b\n", `f.yaml:4: network "a" has peers and no vni`},
+		{"peer", "networks:\n  a:\n    vni: 1\n    peers:\n      - b\n      - b:0\n", `f.yaml:6: peer "b:0" is none`},
+		{"peer's setting", "networks:\n  a:\n    vni: 1\n    peers:\n      - host: b\n        port: 1\n", `f.yaml:6: a peer has no setting "port"; there are fdb, host, noOffload, onePort, wire`},
+		{"peer without host", "networks:\n  a:\n    vni: 1\n    peers:\n      - wire: vxlan\n", `f.yaml:5: a peer has no host`},
+		{"peer's MAC", "networks:\n  a:\n    vni: 1\n    peers:\n      - host: b\n        fdb: nonsense\n", `f.yaml:6: "nonsense" is no MAC`},
+		{"peer's group MAC", "networks:\n  a:\n    vni: 1\n    peers:\n      - {host: b, fdb: \"01:00:00:00:00:01\"}\n", `f.yaml:5: peer "b": static entry 01:00:00:00:00:01 is no station's`},
+		{"peer's wire", "networks:\n  a:\n    vni: 1\n    peers:\n      - host: b\n        wire: x\n", `f.yaml:6: wire "x" is not known`},
+		{"peer twice", "networks:\n  a:\n    vni: 1\n    peers: [b, c, B]\n", `f.yaml:4: peer "b" stands twice, first in line 4`},
 		{"resolver", "networks:\n  a:\n    dns: nowhere\n", `f.yaml:3: resolver "nowhere" is not the address of one`},
 		{"rule without attachment", "publish:\n  - ports: 80:80\n", `f.yaml:2: a rule of publish has no attachment`},
 		{"rule without ports", "publish:\n  - attachment: a\n", `f.yaml:2: a rule of publish has no ports`},
@@ -132,6 +162,7 @@ func TestLoad(t *testing.T) {
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(whole))
 	f.Add([]byte("networks: {a: {mtu: 1}}"))
+	f.Add([]byte("networks: {a: {vni: 1, port: 8472, subnets: 10.9.0.0/24, ipRange: 10.9.0.0/25, peers: [b, {host: 'c:1', fdb: '02:00:00:00:00:01'}]}}"))
 	f.Add([]byte("publish: [{attachment: a, ports: '1:1'}]"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		c, err := Parse("f.yaml", b)
@@ -144,6 +175,11 @@ func FuzzParse(f *testing.F) {
 		for _, n := range c.Networks {
 			if err := n.Validate(); err != nil {
 				t.Errorf("accepted an invalid network: %v", err)
+			}
+			for _, p := range n.Peers {
+				if err := p.Validate(); err != nil || n.VNI == 0 {
+					t.Errorf("accepted an invalid peer: %v", err)
+				}
 			}
 		}
 		for _, r := range c.Publish {

@@ -7,7 +7,19 @@
 //	    mtu: 1500
 //	    isolate: true                       # reach the gateway alone
 //	    internal: true                      # no way out
-//	    vni: 42
+//	    vni: 42                             # number of the network on all its nodes
+//	    wire: patchbay                      # to peers that name no other; default: vxlan
+//	    seal: true                          # encrypted and authenticated
+//	    port: 4790                          # UDP, here and at the peers; default: the daemon's
+//	    group: 239.1.1.1%eth0               # where kernels among the peers send their broadcast
+//	    ipRange: [10.9.0.64/26, "fd09::1:0/112"]  # what this node hands out of the subnets; default: all
+//	    peers:
+//	      - b.example.test                  # HOST or HOST:PORT, or more of it:
+//	      - host: 192.0.2.7:4789
+//	        wire: vxlan
+//	        noOffload: true
+//	        onePort: true
+//	        fdb: ["02:00:5e:10:00:01"]      # MACs that live behind it
 //	    dns: [9.9.9.9, "[2620:fe::fe]:53"]  # default: the host's
 //	    hostLoopback: true
 //	    linkLocal: true

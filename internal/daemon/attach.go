@@ -110,10 +110,15 @@ func (n *Node) freeName() string {
 }
 
 // Attach implements api.Backend.
-func (n *Node) Attach(ctx context.Context, network string, spec api.AttachmentSpec, peer api.Peer) (api.Attaching, error) {
+func (n *Node) Attach(ctx context.Context, network string, spec api.AttachmentSpec, peer api.Caller) (api.Attaching, error) {
 	if err := spec.Validate(); err != nil {
 		return nil, err
 	}
+	end, err := n.begin()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	nw, err := n.lookup(network)
 	if err != nil {
 		return nil, err
@@ -142,7 +147,7 @@ func (n *Node) Attach(ctx context.Context, network string, spec api.AttachmentSp
 }
 
 // Resume implements api.Backend.
-func (n *Node) Resume(_ context.Context, network, name string, peer api.Peer) (api.Attaching, error) {
+func (n *Node) Resume(_ context.Context, network, name string, peer api.Caller) (api.Attaching, error) {
 	a, err := n.find(network, name)
 	if err != nil {
 		return nil, err
@@ -365,13 +370,12 @@ func (a *attachment) watch(lost <-chan struct{}) {
 
 // Detach implements api.Backend.
 func (n *Node) Detach(_ context.Context, network, name string) error {
-	a, err := n.find(network, name)
+	end, err := n.begin()
 	if err != nil {
 		return err
 	}
-	n.mu.Lock()
-	err = n.busy()
-	n.mu.Unlock()
+	defer end()
+	a, err := n.find(network, name)
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +19,11 @@ func (n *Node) Configure(ctx context.Context, path string) (err error) {
 	if err != nil {
 		return err
 	}
+	end, err := n.begin()
+	if err != nil {
+		return err
+	}
+	defer end()
 	c := &reconciler{n: n, file: f}
 	defer func() {
 		if err != nil {
@@ -27,7 +33,7 @@ func (n *Node) Configure(ctx context.Context, path string) (err error) {
 	if err := c.check(); err != nil {
 		return err
 	}
-	for _, step := range []func(context.Context) error{c.makeNetworks, c.publishRules, c.removeNetworks} {
+	for _, step := range []func(context.Context) error{c.makeNetworks, c.makePeers, c.publishRules, c.removeNetworks} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -45,6 +51,7 @@ type reconciler struct {
 	replace []config.Network // unused ones that are to be otherwise
 	adopt   []config.Network // that are as they should be
 	remove  []string
+	again   []*peer // made through the API, of networks that are replaced
 }
 
 func (c *reconciler) errorf(line int, err error) error {
@@ -67,7 +74,8 @@ func (c *reconciler) check() error {
 			c.create = append(c.create, want)
 			continue
 		}
-		differs := difference(&want.NetworkSpec, &nw.rec.NetworkSpec)
+		have := c.n.record(nw)
+		differs := difference(&want.NetworkSpec, &have.NetworkSpec)
 		switch used := names(nw); {
 		case differs == "":
 			c.adopt = append(c.adopt, want)
@@ -79,7 +87,7 @@ func (c *reconciler) check() error {
 	}
 	for _, nw := range c.n.sorted() {
 		named := slices.ContainsFunc(c.file.Networks, func(w config.Network) bool { return w.Name == nw.rec.Name })
-		if nw.rec.Origin != originConfig || named {
+		if c.n.record(nw).Origin != originConfig || named {
 			continue
 		}
 		if used := names(nw); len(used) > 0 {
@@ -113,6 +121,16 @@ func difference(want, have *api.NetworkSpec) string {
 		return "isolate"
 	case want.VNI != have.VNI:
 		return "vni"
+	case cmp.Or(want.Wire, api.WireVXLAN) != cmp.Or(have.Wire, api.WireVXLAN):
+		return "wire"
+	case want.Seal != have.Seal:
+		return "seal"
+	case want.Group != have.Group:
+		return "group"
+	case want.Port != have.Port:
+		return "port"
+	case !slices.Equal(want.IPRanges, have.IPRanges):
+		return "ipRange"
 	case !slices.Equal(want.DNS, have.DNS):
 		return "dns"
 	case want.HostLoopback != have.HostLoopback:
@@ -131,20 +149,26 @@ func (c *reconciler) makeNetworks(ctx context.Context) error {
 		if err != nil {
 			return c.errorf(want.Line, err)
 		}
-		old := nw.rec
-		if err := n.RemoveNetwork(ctx, want.Name); err != nil {
+		old, peers := n.record(nw), n.peersOf(nw)
+		if old.AutoMTU {
+			old.MTU = 0
+		}
+		if err := n.removeNetwork(ctx, want.Name); err != nil {
 			return c.errorf(want.Line, err)
 		}
 		c.undo = append(c.undo, func() error {
 			_, err := n.createNetwork(context.WithoutCancel(ctx), old.NetworkSpec, old.Origin)
-			return err
+			return errors.Join(err, n.addAgain(context.WithoutCancel(ctx), peers))
 		})
+		if want.VNI != 0 { // those of the file come from there
+			c.again = append(c.again, slices.DeleteFunc(slices.Clone(peers), func(p *peer) bool { return p.rec.Origin == originConfig })...)
+		}
 	}
 	for _, want := range slices.Concat(c.create, c.replace) {
 		if _, err := n.createNetwork(ctx, want.NetworkSpec, originConfig); err != nil {
 			return c.errorf(want.Line, err)
 		}
-		c.undo = append(c.undo, func() error { return n.RemoveNetwork(context.WithoutCancel(ctx), want.Name) })
+		c.undo = append(c.undo, func() error { return n.removeNetwork(context.WithoutCancel(ctx), want.Name) })
 	}
 	for _, want := range c.adopt {
 		if err := n.setOrigin(want.Name, originConfig); err != nil {
@@ -160,15 +184,10 @@ func (n *Node) setOrigin(name, origin string) error {
 	if err != nil {
 		return err
 	}
-	n.mu.Lock()
-	same := nw.rec.Origin == origin
-	nw.rec.Origin = origin
-	rec := nw.rec
-	n.mu.Unlock()
-	if same {
+	if n.record(nw).Origin == origin {
 		return nil
 	}
-	return n.state.put(networkBucket, name, rec)
+	return n.saveNetwork(nw, func(rec *networkRecord) { rec.Origin = origin })
 }
 
 // publishRules closes what earlier rules opened and these do not, and opens what they do.
@@ -275,7 +294,7 @@ func (n *Node) applyRules(a *attachment) {
 // removeNetworks removes what is named no more.
 func (c *reconciler) removeNetworks(ctx context.Context) error {
 	for _, name := range c.remove {
-		if err := c.n.RemoveNetwork(ctx, name); err != nil {
+		if err := c.n.removeNetwork(ctx, name); err != nil {
 			return fmt.Errorf("%s: %w", c.file.Path, err)
 		}
 	}

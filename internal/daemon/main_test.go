@@ -41,7 +41,7 @@ func (l testLog) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-func self() api.Peer { return api.Peer{PID: os.Getpid(), UID: os.Getuid()} }
+func self() api.Caller { return api.Caller{PID: os.Getpid(), UID: os.Getuid()} }
 
 // attachTAP attaches a TAP that this process opens in its own namespace.
 func attachTAP(t *testing.T, n *Node, network string, spec api.AttachmentSpec) (api.Attachment, error) {

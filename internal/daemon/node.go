@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -25,6 +26,8 @@ import (
 	"patchbay/ipam"
 	"patchbay/ipam/store"
 	"patchbay/nat"
+	"patchbay/tunnel"
+	"patchbay/tunnel/secure"
 )
 
 // DefaultNetwork is the network of who names none. A node that starts makes it if it is not there.
@@ -48,6 +51,12 @@ type Config struct {
 	ConfigFile string
 	// MaxNetworks and MaxAttachments (of one network) bound what may be made. Default DefaultMaxNetworks and DefaultMaxAttachments.
 	MaxNetworks, MaxAttachments int
+	// Listen is where tunnels listen once there is a peer: the address, and the port of networks that name none. Default DefaultListen.
+	Listen netip.AddrPort
+	// Identity is who this node is on sealed networks: a certificate, or a key that all nodes have. Default: nobody, there can be no sealed network.
+	Identity *secure.Identity
+	// Resolve looks the names of peers up. Default: the host's resolver.
+	Resolve func(ctx context.Context, host string) ([]netip.Addr, error)
 	// Limits bound what containers can make grow, network by network.
 	Limits nat.Limits
 	// Logger gets state changes. Default: none.
@@ -61,6 +70,7 @@ type Node struct {
 	started time.Time
 	state   *state
 	leases  *store.Bolt
+	vteps   vteps
 
 	background sync.WaitGroup // watchers and restorers
 	ctx        context.Context
@@ -68,8 +78,10 @@ type Node struct {
 
 	mu        sync.Mutex
 	closed    bool
-	frozen    bool          // by a takeover that is under way
-	takenOver chan struct{} // closed when another node has taken over
+	freezing  bool           // for a takeover that waits for the changes under way
+	frozen    bool           // by a takeover that is under way
+	changes   sync.WaitGroup // those that begin has let in
+	takenOver chan struct{}  // closed when another node has taken over
 	networks  map[string]*network
 	publishes map[string]*publish // by id
 	serial    int                 // numbers the attachments that were given no name
@@ -80,8 +92,12 @@ type Node struct {
 // network is a network with what the node knows about it. Its maps are guarded by Node.mu.
 type network struct {
 	*node.Network
-	rec         networkRecord
+	rec         networkRecord // but for the MTU, which Network.MTU knows
 	attachments map[string]*attachment
+	peers       map[string]*peer // by peerKey
+
+	peering sync.Mutex // held while peers come and go
+	saving  sync.Mutex // held while rec is written
 }
 
 // New opens the state and brings everything back that is in it: networks and published ports before it returns, attachments in the background as their namespaces are found or their
@@ -95,10 +111,20 @@ func newNode(ctx context.Context, cfg Config, from *inheritance) (_ *Node, err e
 	}
 	cfg.MaxNetworks = cmp.Or(cfg.MaxNetworks, DefaultMaxNetworks)
 	cfg.MaxAttachments = cmp.Or(cfg.MaxAttachments, DefaultMaxAttachments)
+	if !cfg.Listen.IsValid() {
+		cfg.Listen = DefaultListen
+	}
+	if cfg.Resolve == nil {
+		cfg.Resolve = func(ctx context.Context, host string) ([]netip.Addr, error) {
+			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		}
+	}
 	n := &Node{cfg: cfg, log: cfg.Logger, started: time.Now(), networks: make(map[string]*network), publishes: make(map[string]*publish), takenOver: make(chan struct{})}
 	if n.log == nil {
 		n.log = slog.New(slog.DiscardHandler)
 	}
+	n.cfg.Limits = n.cfg.Limits.Fit(n.log) // once, and not for each network
+	n.vteps = vteps{n: n, by: make(map[uint16]*vtep)}
 	n.ctx, n.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	if n.state, err = openState(cfg.StateDir); err != nil {
 		n.cancel()
@@ -152,9 +178,26 @@ func (n *Node) Close() error {
 	for _, nw := range nets {
 		errs = append(errs, nw.Shutdown())
 	}
+	n.vteps.close()
 	errs = append(errs, n.state.close())
 	return errors.Join(errs...)
 }
+
+// begin is called before a change that somebody has asked for, and end after it: a takeover begins when none is under way, and none begins after it, so that what is handed over is what was answered.
+func (n *Node) begin() (end func(), err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if err := n.busy(); err != nil {
+		return nil, err
+	}
+	if n.freezing {
+		return nil, errTakenOver
+	}
+	n.changes.Add(1)
+	return n.changes.Done, nil
+}
+
+var errTakenOver = api.Errorf(api.CodeUnavailable, "try again in a moment", "the node is being taken over")
 
 // busy is why nothing can be changed now, or nil. n.mu is held.
 func (n *Node) busy() error {
@@ -162,7 +205,7 @@ func (n *Node) busy() error {
 	case n.closed:
 		return api.Errorf(api.CodeUnavailable, "try again when the next one runs", "the node is ending")
 	case n.frozen:
-		return api.Errorf(api.CodeUnavailable, "try again in a moment", "the node is being taken over")
+		return errTakenOver
 	}
 	return nil
 }
@@ -179,11 +222,24 @@ func (n *Node) lookup(name string) (*network, error) {
 
 // Info implements api.Backend.
 func (n *Node) Info() api.Info {
-	return api.Info{Version: n.cfg.Version, PID: os.Getpid(), Started: n.started, StateDir: n.cfg.StateDir, Config: n.cfg.ConfigFile}
+	info := api.Info{Version: n.cfg.Version, PID: os.Getpid(), Started: n.started, StateDir: n.cfg.StateDir, Config: n.cfg.ConfigFile}
+	switch id := n.cfg.Identity; {
+	case id == nil:
+	case id.PSK():
+		info.Identity = "key"
+	default:
+		info.Identity, info.Expires = "certificate", id.Expires()
+	}
+	return info
 }
 
 // CreateNetwork implements api.Backend.
 func (n *Node) CreateNetwork(ctx context.Context, spec api.NetworkSpec) (api.Network, error) {
+	end, err := n.begin()
+	if err != nil {
+		return api.Network{}, err
+	}
+	defer end()
 	return n.createNetwork(ctx, spec, originAPI)
 }
 
@@ -192,7 +248,17 @@ func (n *Node) createNetwork(ctx context.Context, spec api.NetworkSpec, origin s
 	if err := spec.Validate(); err != nil {
 		return api.Network{}, err
 	}
-	nw := &network{rec: networkRecord{NetworkSpec: spec, ID: newID(), Created: time.Now().UTC(), Origin: origin}, attachments: make(map[string]*attachment)}
+	if err := n.sealing(&spec); err != nil {
+		return api.Network{}, err
+	}
+	auto := spec.MTU == 0 && spec.VNI != 0
+	if auto {
+		var err error
+		if spec.MTU, err = n.tunnelMTU(&spec); err != nil {
+			return api.Network{}, err
+		}
+	}
+	nw := newNetwork(networkRecord{NetworkSpec: spec, AutoMTU: auto, ID: newID(), Created: time.Now().UTC(), Origin: origin})
 	taken, err := n.claim(nw)
 	if err != nil {
 		return api.Network{}, err
@@ -217,6 +283,10 @@ func (n *Node) createNetwork(ctx context.Context, spec api.NetworkSpec, origin s
 	n.mu.Unlock()
 	n.log.Info("network created", "network", spec.Name, "id", nw.rec.ID, "origin", origin)
 	return n.describeNetwork(nw), nil
+}
+
+func newNetwork(rec networkRecord) *network {
+	return &network{rec: rec, attachments: make(map[string]*attachment), peers: make(map[string]*peer)}
 }
 
 // claim puts nw's name into the table, so that nobody else makes one of that name meanwhile, and says which prefixes others have.
@@ -246,11 +316,15 @@ func (n *Node) claim(nw *network) (taken []netip.Prefix, err error) {
 // open makes the live network of a record.
 func (n *Node) open(ctx context.Context, rec *networkRecord, restored bool, taken []netip.Prefix) (*node.Network, error) {
 	name := rec.Name
+	wire, err := tunnel.ParseWire(string(rec.Wire))
+	if err != nil {
+		return nil, refuse(api.CodeInvalid, err)
+	}
 	live, err := node.NewNetwork(ctx, node.NetworkConfig{
-		Name: rec.Name, Subnets: rec.Subnets, Taken: taken, Restored: restored, Gateways: rec.Gateways, GatewayMAC: rec.GatewayMAC,
+		Name: rec.Name, Subnets: rec.Subnets, Taken: taken, Restored: restored, Gateways: rec.Gateways, VNI: rec.VNI, Wire: wire, Seal: rec.Seal, Ranges: rec.IPRanges, GatewayMAC: rec.GatewayMAC,
 		Internal: rec.Internal, Isolate: rec.Isolate, MTU: rec.MTU, HostLoopback: rec.HostLoopback, AllowLinkLocal: rec.LinkLocal, DNS: rec.DNS,
 		Others: func(client netip.Addr) []*node.Network { return n.othersOf(name, client) },
-		Leases: n.leases, JournalDir: n.journalDir(rec), Limits: n.cfg.Limits, Logger: n.log,
+		Leases: n.leases, JournalDir: n.journalDir(rec), Limits: n.cfg.Limits, Logger: n.log, LoopTAPs: node.FewCores(),
 	})
 	if err != nil {
 		return nil, refuse(api.CodeInvalid, err)
@@ -303,20 +377,28 @@ func (a *attachment) sameNamespace(b *attachment) bool {
 
 // RemoveNetwork implements api.Backend.
 func (n *Node) RemoveNetwork(ctx context.Context, name string) error {
+	end, err := n.begin()
+	if err != nil {
+		return err
+	}
+	defer end()
+	return n.removeNetwork(ctx, name)
+}
+
+func (n *Node) removeNetwork(ctx context.Context, name string) error {
 	nw, err := n.lookup(name)
 	if err != nil {
 		return err
 	}
-	n.mu.Lock()
-	err = n.busy()
-	n.mu.Unlock()
-	if err != nil {
-		return err
-	}
+	nw.peering.Lock()
+	defer nw.peering.Unlock()
 	if left, ok := nw.CloseUnused(); !ok {
 		return api.Errorf(api.CodeConflict, "detach them first", "network %q is in use by %s", nw.rec.Name, enumerate(left))
 	}
-	if err := n.state.remove(networkBucket, nw.rec.Name); err != nil {
+	for _, p := range n.peersOf(nw) {
+		p.stop() // it goes with its network, on disk too
+	}
+	if err := n.state.removeNetwork(nw.rec.Name); err != nil {
 		return err
 	}
 	for _, p := range nw.rec.Subnets {
@@ -359,7 +441,7 @@ func refuse(code api.Code, err error) error {
 	switch {
 	case errors.Is(err, ipam.ErrExhausted):
 		code = api.CodeExhausted
-	case errors.Is(err, ipam.ErrTaken), errors.Is(err, node.ErrTaken), errors.Is(err, unix.EADDRINUSE):
+	case errors.Is(err, ipam.ErrTaken), errors.Is(err, node.ErrTaken), errors.Is(err, tunnel.ErrTaken), errors.Is(err, unix.EADDRINUSE):
 		code = api.CodeConflict
 	}
 	msg := err.Error()

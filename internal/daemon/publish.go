@@ -54,12 +54,11 @@ func (n *Node) AddPublish(_ context.Context, network, name string, spec api.Publ
 	if err != nil {
 		return api.Publish{}, err
 	}
-	n.mu.Lock()
-	err = n.busy()
-	n.mu.Unlock()
+	end, err := n.begin()
 	if err != nil {
 		return api.Publish{}, err
 	}
+	defer end()
 	p, err := n.publish(a, s, originAPI, "")
 	if err != nil {
 		return api.Publish{}, err
@@ -75,15 +74,16 @@ func (n *Node) AddPublish(_ context.Context, network, name string, spec api.Publ
 
 // RemovePublish implements api.Backend.
 func (n *Node) RemovePublish(_ context.Context, id string) error {
+	end, err := n.begin()
+	if err != nil {
+		return err
+	}
+	defer end()
 	n.mu.Lock()
 	p := n.publishes[id]
-	err := n.busy()
 	n.mu.Unlock()
-	switch {
-	case p == nil:
+	if p == nil {
 		return api.Errorf(api.CodeNotFound, "`patchbay publish ls` shows those there are", "no published port has the id %.40q", id)
-	case err != nil:
-		return err
 	}
 	n.unpublish(p)
 	return p.a.save()

@@ -36,6 +36,12 @@ func (n *Node) restore(ctx context.Context, from *inheritance) error {
 	if err != nil {
 		return err
 	}
+	peers, err := n.state.loadPeers()
+	if err != nil {
+		return err
+	}
+	n.vteps.hold(from.sockets())
+	defer n.vteps.resume()
 	var reopen []*attachment
 	for i := range recs {
 		rec := recs[i]
@@ -43,10 +49,12 @@ func (n *Node) restore(ctx context.Context, from *inheritance) error {
 		if err != nil {
 			return fmt.Errorf("restore: %w", err)
 		}
-		nw := &network{Network: live, rec: rec, attachments: make(map[string]*attachment)}
+		nw := newNetwork(rec)
+		nw.Network = live
 		n.mu.Lock()
 		n.networks[rec.Name] = nw
 		n.mu.Unlock()
+		n.restorePeers(nw, peers[rec.Name], from) // before there is anybody who would miss them
 		for _, r := range attachments[rec.Name] {
 			a, err := n.restoreAttachment(ctx, nw, r, from)
 			if err != nil {
@@ -69,6 +77,31 @@ func (n *Node) restore(ctx context.Context, from *inheritance) error {
 	}
 	n.background.Go(func() { n.reopenAll(reopen) })
 	return nil
+}
+
+// restorePeers brings the peers of a network back: at the address that they had last, for names are looked up in the background, which may take its time. Those that are not to be had
+// now are tried again.
+func (n *Node) restorePeers(nw *network, recs []peerRecord, from *inheritance) {
+	nw.peering.Lock()
+	defer nw.peering.Unlock()
+	for _, r := range recs {
+		p := n.newPeer(nw, r)
+		if err := n.claimPeer(p); err != nil {
+			n.log.Error("peer is not restored", "network", nw.rec.Name, "peer", r.Host, "error", err)
+			continue
+		}
+		p.sessions = from.sessionsOf(nw.rec.Name, n.peerKey(nw, r.Host, r.Port))
+		if r.Last.IsValid() {
+			if err := p.connect(n.ctx); err != nil {
+				n.log.Warn("peer is not there yet", "network", nw.rec.Name, "peer", r.Host, "reason", err)
+			}
+			p.mu.Lock()
+			p.mtu = 0 // settled when it is looked at first: by then everybody is there
+			p.mu.Unlock()
+		}
+		p.look()
+		p.wake()
+	}
 }
 
 // restoreAttachment reserves what the attachment had, and arranges for its device to come.
@@ -108,7 +141,9 @@ func (n *Node) restoreAttachment(ctx context.Context, nw *network, rec attachmen
 
 // awaitHolder ends the attachment of a client that has died while no node ran, or dies before it has come back.
 func (n *Node) awaitHolder(a *attachment) {
+	n.mu.Lock()
 	id := a.rec.Holder
+	n.mu.Unlock()
 	if id != nil {
 		if fd, err := holderFD(id); err == nil {
 			defer unix.Close(fd)

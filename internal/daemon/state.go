@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -24,17 +25,19 @@ import (
 var (
 	networkBucket    = []byte("networks")    // name → networkRecord
 	attachmentBucket = []byte("attachments") // network/name → attachmentRecord
+	peerBucket       = []byte("peers")       // network/HOST[:PORT] → peerRecord; since version 2
 	leaseBucket      = "leases"
 	metaBucket       = []byte("meta") // "schema" → version of all of this
 	schemaKey        = []byte("schema")
 )
 
-// schema is the version of the records below. A file of a later one is refused.
-const schema = 1
+// schema is the version of the records below. A file of a later one is refused; one of an earlier one becomes this one. Version 2 has peers.
+const schema = 2
 
 // networkRecord is a network on disk: every default is settled.
 type networkRecord struct {
 	api.NetworkSpec
+	AutoMTU    bool // nobody asked for one: it follows the paths of the peers
 	ID         string
 	GatewayMAC wire.MAC
 	Created    time.Time
@@ -124,7 +127,7 @@ func (s *state) open() error {
 // prepare makes the buckets and checks the version.
 func (s *state) prepare() error {
 	return s.file.DB().Update(func(tx *bbolt.Tx) error {
-		for _, b := range [][]byte{networkBucket, attachmentBucket, metaBucket} {
+		for _, b := range [][]byte{networkBucket, attachmentBucket, peerBucket, metaBucket} {
 			if _, err := tx.CreateBucketIfNotExists(b); err != nil {
 				return fmt.Errorf("state file %s: %w", s.path, err)
 			}
@@ -171,7 +174,48 @@ func (s *state) remove(bucket []byte, key string) error {
 	return nil
 }
 
-// load reads everything. attachments are by network name.
+// removeNetwork deletes a network and its peers in one.
+func (s *state) removeNetwork(name string) error {
+	err := s.file.Write(context.Background(), func(tx *bbolt.Tx) error {
+		c := tx.Bucket(peerBucket).Cursor()
+		prefix := []byte(name + "/")
+		var keys [][]byte
+		for k, _ := c.Seek(prefix); bytes.HasPrefix(k, prefix); k, _ = c.Next() {
+			keys = append(keys, bytes.Clone(k))
+		}
+		for _, k := range keys {
+			if err := tx.Bucket(peerBucket).Delete(k); err != nil {
+				return err
+			}
+		}
+		return tx.Bucket(networkBucket).Delete([]byte(name))
+	})
+	if err != nil {
+		return fmt.Errorf("state file %s: delete %q: %w; is the disk full?", s.path, name, err)
+	}
+	return nil
+}
+
+// loadPeers reads the peers, by network name.
+func (s *state) loadPeers() (map[string][]peerRecord, error) {
+	peers := make(map[string][]peerRecord)
+	err := s.file.DB().View(func(tx *bbolt.Tx) error {
+		return tx.Bucket(peerBucket).ForEach(func(k, v []byte) error {
+			var r peerRecord
+			if err := json.Unmarshal(v, &r); err != nil {
+				return fmt.Errorf("peer %q: %w", k, err)
+			}
+			peers[r.Network] = append(peers[r.Network], r)
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("state file %s: %w; if it is damaged, move it away and networks start anew", s.path, err)
+	}
+	return peers, nil
+}
+
+// load reads networks and attachments, these by network name.
 func (s *state) load() (networks []networkRecord, attachments map[string][]attachmentRecord, err error) {
 	attachments = make(map[string][]attachmentRecord)
 	err = s.file.DB().View(func(tx *bbolt.Tx) error {

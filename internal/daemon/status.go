@@ -46,8 +46,11 @@ func (n *Node) Network(name string) (api.Network, error) {
 }
 
 func (n *Node) describeNetwork(nw *network) api.Network {
-	st := nw.Status()
-	out := api.Network{NetworkSpec: nw.rec.NetworkSpec, ID: nw.rec.ID, GatewayMAC: nw.rec.GatewayMAC, Created: nw.rec.Created, Origin: nw.rec.Origin}
+	st, rec := nw.Status(), n.record(nw)
+	out := api.Network{NetworkSpec: rec.NetworkSpec, ID: rec.ID, GatewayMAC: rec.GatewayMAC, Created: rec.Created, Origin: rec.Origin}
+	if rec.VNI != 0 {
+		out.Wire, out.Port = cmp.Or(rec.Wire, api.WireVXLAN), n.listenPort(nw)
+	}
 	for _, p := range st.Ports {
 		out.Ports = append(out.Ports, describePort(p))
 	}

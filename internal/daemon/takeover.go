@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -28,7 +29,15 @@ func (n *Node) HandOver(send func(p api.Part, fds []int) error) (api.Handing, er
 		n.mu.Unlock()
 		return nil, err
 	}
-	n.frozen = true
+	if n.freezing {
+		n.mu.Unlock()
+		return nil, errTakenOver
+	}
+	n.freezing = true
+	n.mu.Unlock()
+	n.changes.Wait() // each is a matter of moments: none waits for a client
+	n.mu.Lock()
+	n.freezing, n.frozen = false, true
 	n.mu.Unlock()
 	h := &handing{n: n}
 	for _, nw := range n.sorted() {
@@ -36,6 +45,14 @@ func (n *Node) HandOver(send func(p api.Part, fds []int) error) (api.Handing, er
 			h.Resume()
 			return nil, err
 		}
+	}
+	if err := n.vteps.handOver(send); err != nil {
+		h.Resume()
+		return nil, err
+	}
+	if err := n.handOverSessions(send); err != nil {
+		h.Resume()
+		return nil, err
 	}
 	h.closed = true
 	if err := n.state.close(); err != nil {
@@ -199,6 +216,7 @@ func (h *handing) Resume() {
 		}
 		errs = append(errs, nw.ResumeUDP())
 	}
+	n.vteps.resume()
 	n.mu.Lock()
 	n.frozen = false
 	n.mu.Unlock()
@@ -242,6 +260,8 @@ type inheritance struct {
 	machines  map[string]*givenMachine
 	publishes map[string][]int // by id
 	udp       map[string][]udpPart
+	tunnels   map[netip.AddrPort][]int // by where they were asked to listen
+	sessions  map[string][]byte        // of sealed peers, by attachmentKey of network and HOST:PORT
 }
 
 // givenMachine is a virtual machine that was connected to another node.
@@ -312,6 +332,11 @@ func (i *inheritance) take(s *api.Successor) error {
 			u := udpPart{fds: fds}
 			err = json.Unmarshal(p.Flows, &u.states)
 			i.udp[p.Network] = append(i.udp[p.Network], u)
+		case api.PartSessions:
+			closeAll(fds)
+			i.sessions[key] = p.Data
+		case api.PartTunnel:
+			i.tunnels[p.Listen] = append(i.tunnels[p.Listen], fds...)
 		default:
 			closeAll(fds)
 			return fmt.Errorf("the other node hands over %q, which this one does not know; it is of another version", p.Kind)
@@ -369,6 +394,22 @@ func (i *inheritance) flows(network string) []udpPart {
 	return parts
 }
 
+// sessionsOf are the keys that the other node had with a sealed peer.
+func (i *inheritance) sessionsOf(network, peer string) []byte {
+	if i == nil {
+		return nil
+	}
+	return i.sessions[attachmentKey(network, peer)]
+}
+
+// sockets are those of tunnels; what is not taken out of the map is closed with i.
+func (i *inheritance) sockets() map[netip.AddrPort][]int {
+	if i == nil {
+		return nil
+	}
+	return i.tunnels
+}
+
 func (i *inheritance) close() {
 	if i.api != nil {
 		i.api.Close()
@@ -383,6 +424,9 @@ func (i *inheritance) close() {
 		m.conn.Close()
 	}
 	for _, fds := range i.publishes {
+		closeAll(fds)
+	}
+	for _, fds := range i.tunnels {
 		closeAll(fds)
 	}
 	for _, parts := range i.udp {
@@ -416,6 +460,7 @@ func TakeOver(ctx context.Context, cfg Config, socket string) (*Node, *net.UnixL
 	defer s.Close()
 	from := &inheritance{
 		taps: make(map[string]*tap.Handle), streams: make(map[string]*net.UnixListener), machines: make(map[string]*givenMachine), publishes: make(map[string][]int), udp: make(map[string][]udpPart),
+		tunnels: make(map[netip.AddrPort][]int), sessions: make(map[string][]byte),
 	}
 	if err := from.take(s); err != nil {
 		from.close()

@@ -21,6 +21,7 @@ import (
 	"patchbay/nat"
 	vswitch "patchbay/switch"
 	"patchbay/tap"
+	"patchbay/tunnel"
 )
 
 // txQueueLen is how many frames of a container wait in each queue of its TAP. The kernel drops what is above it without a word to the sender, and each TCP flow may
@@ -181,7 +182,10 @@ func joinPrefixes(ps []netip.Prefix) string {
 func (a *Attachment) Interface() edge.Interface {
 	n := a.network
 	ifc := edge.Interface{
-		Name: a.cfg.IfName, MAC: a.mac, MTU: n.cfg.MTU, Queues: a.cfg.Queues, TxQueueLen: txQueueLen, ForcePlain: a.cfg.ForcePlain, Kind: a.cfg.Device,
+		Name: a.cfg.IfName, MAC: a.mac, MTU: n.MTU(), Queues: a.cfg.Queues, TxQueueLen: txQueueLen, ForcePlain: a.cfg.ForcePlain, Kind: a.cfg.Device,
+	}
+	if n.cfg.VNI != 0 && n.cfg.Wire == tunnel.WirePatchbay {
+		ifc.GSOMaxSize = tunnel.GSOMaxSize
 	}
 	for i, pool := range n.pools {
 		ifc.Addrs = append(ifc.Addrs, netip.PrefixFrom(a.addrs[i], pool.Prefix().Bits()))
@@ -296,7 +300,7 @@ func (a *Attachment) Adopt(ctx context.Context, mac wire.MAC) error {
 // PlugServing plugs a device of another kind. It takes dev over, on error too.
 func (a *Attachment) PlugServing(dev Serving) error {
 	n := a.network
-	return a.plug(dev, tap.Info{MAC: a.mac, MTU: n.cfg.MTU}, func(l *link, ctx context.Context) error {
+	return a.plug(dev, tap.Info{MAC: a.mac, MTU: n.MTU()}, func(l *link, ctx context.Context) error {
 		sink := a.sink(l.port)
 		l.serving.Go(func() { a.ended(l, ctx, 0, dev.Serve(ctx, sink)) })
 		return nil
@@ -371,27 +375,52 @@ func (a *Attachment) sink(port vswitch.PortID) frame.Sink {
 	return sink
 }
 
+// enterLoop takes one of the places that NAT's loop has for TAPs.
+func (n *Network) enterLoop() bool {
+	for {
+		in := n.inLoop.Load()
+		if int(in) >= n.cfg.LoopTAPs {
+			return false
+		}
+		if n.inLoop.CompareAndSwap(in, in+1) {
+			return true
+		}
+	}
+}
+
 // serveTAP starts the reading of every queue.
 func (a *Attachment) serveTAP(ctx context.Context, l *link, dev *tap.Device) error {
 	n := a.network
 	for q := range dev.Queues() {
 		sink := a.sink(l.port)
-		if !n.cfg.SharedLoop {
+		if dev.Queues() > 1 || !n.enterLoop() {
 			l.serving.Go(func() { a.ended(l, ctx, q, dev.Serve(ctx, q, sink)) })
 			continue
 		}
 		p, err := dev.Pull(q, sink)
 		if err != nil {
+			n.inLoop.Add(-1)
 			return err
 		}
 		unwatch, err := n.nat.Watch(p.FD(), p.Step, func(err error) { a.ended(l, ctx, q, err) })
 		if err != nil {
 			p.Close()
+			n.inLoop.Add(-1)
 			return err
 		}
-		l.stopPulls = append(l.stopPulls, func() { unwatch(); p.Close() })
+		l.stopPulls = append(l.stopPulls, func() { unwatch(); p.Close(); n.inLoop.Add(-1) })
 	}
 	return nil
+}
+
+// stopReading ends the reading of every queue, and returns when nothing of it goes on. The link may be served again.
+func (l *link) stopReading() {
+	l.stopServe()
+	for _, stop := range l.stopPulls {
+		stop()
+	}
+	l.stopPulls = nil
+	l.serving.Wait()
 }
 
 // ended notes that a queue is read no more.
@@ -429,8 +458,7 @@ func (a *Attachment) Pause() (*tap.Handle, error) {
 			return nil, err
 		}
 	}
-	a.link.stopServe()
-	a.link.serving.Wait()
+	a.link.stopReading()
 	a.link.paused = true
 	if !ok {
 		return nil, nil
@@ -513,11 +541,7 @@ func (a *Attachment) unplug() error {
 	n.mu.Unlock()
 	var errs []error
 	if l.stopServe != nil {
-		l.stopServe()
-		for _, stop := range l.stopPulls {
-			stop()
-		}
-		l.serving.Wait()
+		l.stopReading()
 	}
 	if l.port != 0 {
 		errs = append(errs, n.sw.RemovePort(l.port))

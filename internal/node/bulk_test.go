@@ -95,16 +95,16 @@ func TestKindsOfTAP(t *testing.T) {
 	for _, k := range []struct {
 		name string
 		cfg  ContainerConfig
-		loop bool
+		loop int
 	}{
-		{"plain", ContainerConfig{AttachConfig: AttachConfig{ForcePlain: true}}, false},
-		{"queues", ContainerConfig{AttachConfig: AttachConfig{Queues: 4}}, false},
-		{"packet", ContainerConfig{AttachConfig: AttachConfig{Device: tap.KindPacket}}, false},
-		{"shared loop", ContainerConfig{}, true},
-		{"shared loop, queues", ContainerConfig{AttachConfig: AttachConfig{Queues: 2}}, true},
+		{"plain", ContainerConfig{AttachConfig: AttachConfig{ForcePlain: true}}, 0},
+		{"queues", ContainerConfig{AttachConfig: AttachConfig{Queues: 4}}, 2}, // which the loop leaves alone
+		{"packet", ContainerConfig{AttachConfig: AttachConfig{Device: tap.KindPacket}}, 0},
+		{"shared loop", ContainerConfig{}, 1},
+		{"both in the loop", ContainerConfig{}, 2},
 	} {
 		t.Run(k.name, func(t *testing.T) {
-			n := newNet(t, NetworkConfig{SharedLoop: k.loop})
+			n := newNet(t, NetworkConfig{LoopTAPs: k.loop})
 			k.cfg.Name, k.cfg.Publish = "box", specs(t, "8000:7000", "8000:7000/udp")
 			b := newBox(t, n, k.cfg)
 			peer := newBox(t, n, ContainerConfig{AttachConfig: AttachConfig{Name: "peer"}})

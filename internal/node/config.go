@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"runtime"
 	"time"
 
 	"patchbay/internal/edge"
@@ -11,6 +12,7 @@ import (
 	"patchbay/ipam"
 	"patchbay/nat"
 	"patchbay/tap"
+	"patchbay/tunnel"
 )
 
 // NetworkConfig describes a network. The zero value of every field but Name is its documented default.
@@ -35,7 +37,16 @@ type NetworkConfig struct {
 	JournalDir string
 	// Leases is where addresses are kept. Default: in memory.
 	Leases ipam.Store
-	// MTU in bytes of IP packet: 576 (IPv4 alone) or 1280 (both) to 65521, which is the most a TAP takes. Below 1280 the default subnets are IPv4 alone. Default 1500.
+	// VNI is the network's number on tunnels. Default: none, it can have no peers. With one, the gateway is in the split-horizon group of the peers: each node has its own, with
+	// the same address, and it never crosses a tunnel.
+	VNI uint32
+	// Wire is how frames travel to most of its peers: on WirePatchbay containers are told to make superframes that fit (tunnel.GSOMaxSize).
+	Wire tunnel.Wire
+	// Seal says that nothing clear leaves the network or enters it: a peer without a seal is refused.
+	Seal bool
+	// Ranges are the parts of Subnets that addresses nobody asked for come from, at most one a subnet. Default: all of each.
+	Ranges []netip.Prefix
+	// MTU in bytes of IP packet: 576 (IPv4 alone) or 1280 (both) to 65521, which is the most a TAP takes. Below 1280 the default subnets are IPv4 alone. Default 1500. SetMTU changes it.
 	MTU int
 	// HostLoopback lets containers reach the host's loopback as host.patchbay.internal.
 	HostLoopback bool
@@ -45,9 +56,9 @@ type NetworkConfig struct {
 	DNS []netip.AddrPort
 	// Others are the further networks that whoever has the address on this one is on: their names are known to it as well. It must not block. Default: none.
 	Others func(client netip.Addr) []*Network
-	// SharedLoop has one thread read the containers' TAPs and NAT's TCP sockets. On a machine with two cores and for a network with one container that is faster
-	// than a thread for each (ADR 5); with more of either it is one thread for what several could do. Default: a thread for each TAP queue.
-	SharedLoop bool
+	// LoopTAPs is how many TAPs the thread reads that serves NAT's TCP sockets, of attachments with one queue and in the order they come; further ones have a thread for each queue. Default: none. See
+	// FewCores.
+	LoopTAPs int
 	// TCPMemory bounds what netstack holds for all connections together, in bytes: 1 MiB at least. Default 64 MiB; see stack.TCPConfig.MaxMemory.
 	TCPMemory int
 	// Limits bound what containers can make grow.
@@ -103,3 +114,12 @@ type ContainerConfig struct {
 
 // ErrTaken is in the chain when a name is another attachment's.
 var ErrTaken = errors.New("two attachments cannot share it")
+
+// FewCores is the LoopTAPs for this machine. Where there are two cores a thread for each TAP wakes another core for every frame that has no company, and the client and the server need the cores as well; so the TAPs
+// of a container, or of two that talk to each other, share one (ADR 5). With more containers one thread would be less than the cores can do.
+func FewCores() int {
+	if runtime.NumCPU() <= 2 {
+		return 2
+	}
+	return 0
+}

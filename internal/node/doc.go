@@ -11,9 +11,15 @@
 //  3. add the port, start one read loop a queue, tell the gateway the container's MAC, put its name into the zone,
 //  4. release the edge process, which starts the command.
 //
+// # Other hosts
+//
+// [Network.AddPeer] makes the node on another host a port like any other. All peers and the gateway are in one split-horizon group: what comes from a peer goes to no other one (full mesh,
+// no loops), and each node's gateway, which has the same address everywhere, is its own containers' alone. A frame from a peer that claims a bound MAC of this node is dropped; what was
+// learned behind a peer is forgotten when it goes down. What is too long for a peer's path is answered by the gateway (stack.Gateway.AnswerTooBig).
+//
 // # Ownership and concurrency
 //
-// A Network owns its containers: closing it ends them. Network and Container are safe for concurrent use.
+// A Network owns its containers and peers: closing it ends them; a peer's tunnel.VTEP is its maker's. Network and Container are safe for concurrent use.
 //
 // # Limits
 //

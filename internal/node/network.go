@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"patchbay/frame"
 	"patchbay/internal/api"
@@ -46,6 +47,7 @@ type Network struct {
 	gwPort vswitch.PortID
 	gw     *stack.Gateway
 	nat    *nat.NAT
+	inLoop atomic.Int32 // TAPs that nat's loop reads
 	flows  *nat.Journal // nil: TCP flows are not noted
 	dns    *dns.Server
 	dhcp   *dhcp.Server        // nil without IPv4
@@ -55,8 +57,11 @@ type Network struct {
 	abort    context.CancelFunc // ends them
 	aborted  context.Context
 
+	mtu atomic.Int64
+
 	mu          sync.Mutex
 	closed      bool
+	peers       map[*Peer]struct{}
 	keepLeases  bool // Shutdown: what is in the store stays
 	serial      int  // numbers the attachments that were given no name
 	attachments map[string]*Attachment
@@ -95,8 +100,9 @@ func NewNetwork(ctx context.Context, cfg NetworkConfig) (_ *Network, err error) 
 	}
 	n := &Network{
 		cfg: cfg, log: cfg.Logger,
-		attachments: make(map[string]*Attachment), containers: make(map[*Container]struct{}), drops: new(frame.DropCounters), gone: new(frame.DropCounters),
+		attachments: make(map[string]*Attachment), peers: make(map[*Peer]struct{}), containers: make(map[*Container]struct{}), drops: new(frame.DropCounters), gone: new(frame.DropCounters),
 	}
+	n.mtu.Store(int64(cfg.MTU))
 	n.aborted, n.abort = context.WithCancel(context.Background())
 	if n.log == nil {
 		n.log = slog.New(slog.DiscardHandler)
@@ -114,7 +120,11 @@ func NewNetwork(ctx context.Context, cfg NetworkConfig) (_ *Network, err error) 
 		return nil, err
 	}
 	n.sw = vswitch.New(vswitch.Config{})
-	n.gwPort, err = n.sw.AddPort(n.gw, vswitch.PortConfig{Name: gatewayName, MAC: n.gw.MAC()})
+	gateway := vswitch.PortConfig{Name: gatewayName, MAC: n.gw.MAC()}
+	if cfg.VNI != 0 {
+		gateway.Group = peerGroup
+	}
+	n.gwPort, err = n.sw.AddPort(n.gw, gateway)
 	if err != nil {
 		return nil, err
 	}
@@ -160,12 +170,16 @@ func (n *Network) openPools(ctx context.Context) error {
 			n.subnets = append(n.subnets, p6)
 		}
 	}
-	gateways := slices.Clone(n.cfg.Gateways)
+	gateways, ranges := slices.Clone(n.cfg.Gateways), slices.Clone(n.cfg.Ranges)
 	for _, p := range n.subnets {
 		pc := ipam.PoolConfig{Name: n.cfg.Name, Prefix: p, Store: n.cfg.Leases}
 		if i := slices.IndexFunc(gateways, p.Contains); i >= 0 {
 			pc.Gateway = gateways[i]
 			gateways = slices.Delete(gateways, i, i+1)
+		}
+		if i := slices.IndexFunc(ranges, p.Overlaps); i >= 0 {
+			pc.Range = ranges[i]
+			ranges = slices.Delete(ranges, i, i+1)
 		}
 		pool, err := ipam.NewPool(ctx, pc)
 		if err != nil {
@@ -176,6 +190,9 @@ func (n *Network) openPools(ctx context.Context) error {
 	}
 	if len(gateways) > 0 {
 		return fmt.Errorf("gateway %s is in no subnet (%s), or the second of its kind; choose one inside", gateways[0], joinPrefixes(n.subnets))
+	}
+	if len(ranges) > 0 {
+		return fmt.Errorf("range %s is in no subnet (%s), or the second of its kind; choose one inside", ranges[0], joinPrefixes(n.subnets))
 	}
 	return nil
 }
@@ -322,7 +339,7 @@ func (n *Network) publishZone() {
 func (n *Network) closing() error { return fmt.Errorf("network %q is being closed", n.cfg.Name) }
 
 // retire keeps the drops of a device that is no more, so that none is lost from the sums.
-func (n *Network) retire(d Device) {
+func (n *Network) retire(d interface{ Drops() *frame.DropCounters }) {
 	d.Drops().Each(func(r frame.Drop, c uint64) { n.gone.Add(r, int(c)) })
 }
 
@@ -384,6 +401,25 @@ func (n *Network) ImportUDP(states []nat.UDPFlowState, fds []int) (int, error) {
 	return n.nat.ImportUDP(states, fds)
 }
 
+// MTU is the network's now, in bytes of IP packet.
+func (n *Network) MTU() int { return int(n.mtu.Load()) }
+
+// SetMTU changes it: the gateway keeps to it from now on, and DHCP, router advertisements and new attachments are told. Containers that are attached keep what they have, and learn by
+// ICMP where that is too much.
+func (n *Network) SetMTU(mtu int) error {
+	if mtu < MinMTU || mtu > MaxMTU {
+		return fmt.Errorf("network %q: MTU %d is out of range; take one from %d to %d", n.cfg.Name, mtu, MinMTU, MaxMTU)
+	}
+	if err := n.gw.SetMTU(mtu); err != nil {
+		return fmt.Errorf("network %q: %w", n.cfg.Name, err)
+	}
+	if n.dhcp != nil {
+		n.dhcp.SetMTU(mtu)
+	}
+	n.mtu.Store(int64(mtu))
+	return nil
+}
+
 // GatewayMAC is the gateway's.
 func (n *Network) GatewayMAC() wire.MAC { return n.gw.MAC() }
 
@@ -425,6 +461,9 @@ func (n *Network) Close() error {
 	}
 	for _, a := range n.attachments {
 		left = append(left, a) // those of containers are closed twice, which is no harm
+	}
+	for p := range n.peers {
+		left = append(left, p)
 	}
 	n.mu.Unlock()
 	var errs []error

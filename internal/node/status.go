@@ -71,7 +71,7 @@ type DropStatus struct {
 
 // Status takes a picture. Counters go on meanwhile.
 func (n *Network) Status() Status {
-	st := Status{Name: n.cfg.Name, Subnets: n.subnets, Gateway: n.gwAddrs, MTU: n.cfg.MTU, NAT: n.nat.Stats()}
+	st := Status{Name: n.cfg.Name, Subnets: n.subnets, Gateway: n.gwAddrs, MTU: n.MTU(), NAT: n.nat.Stats()}
 	var drops [frame.NumDrops]uint64
 	count := func(d frame.Drop, c uint64) { drops[d] += c }
 	n.drops.Each(count)
@@ -83,6 +83,9 @@ func (n *Network) Status() Status {
 			l.device.Drops().Each(count)
 		}
 		a.mu.Unlock()
+	}
+	for _, p := range n.Peers() {
+		p.Drops().Each(count)
 	}
 	slices.SortFunc(st.Containers, func(a, b ContainerStatus) int { return a.Addrs[0].Compare(b.Addrs[0]) })
 	n.switchStatus(&st, count)
