@@ -3,7 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 BIN := bin/patchbay
-FUZZTIME ?= 30s
+FUZZTIME ?= 8s
+TUNNELFUZZTIME ?= 60s
 VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 TOOL := go tool -modfile=tools/go.mod
 # Rooms with goroutines that share memory: what -race is paid for.
@@ -46,8 +47,8 @@ soak: deps build ## attach, detach, publish, kill and take over at random under 
 	PATCHBAY_BIN=$(CURDIR)/$(BIN) SOAKTIME=$(SOAKTIME) REQUIRE_NETNS=1 go test -run '^TestSoak$$' -count 1 -v -timeout 2h ./cmd/patchbay
 
 .PHONY: fuzz
-fuzz: ## every fuzz target for FUZZTIME (30s)
-	@script/fuzz $(FUZZTIME)
+fuzz: ## every fuzz target for FUZZTIME (8s), those of the tunnels for TUNNELFUZZTIME (60s)
+	@script/fuzz $(FUZZTIME) $(TUNNELFUZZTIME)
 
 .PHONY: lint
 lint: ## gofmt, go vet and golangci-lint
@@ -55,9 +56,14 @@ lint: ## gofmt, go vet and golangci-lint
 	$(TOOL) golangci-lint run --timeout 10m ./...
 
 .PHONY: bench
-bench: build ## measure against the kernel and the peers side by side; writes bench/results
+bench: build ## measure against the kernel and the peers side by side, for an hour; writes bench/results
 	@script/deps bench
-	@$(BIN) bench all --report bench/results
+	@$(BIN) bench all --time 2s --report bench/results
+
+.PHONY: bench-compare
+bench-compare: ## Go micro-benchmarks of this tree beside those of BASE=REV, with benchstat; BENCH=REGEX and COUNT=10 narrow it
+	@[ -n "$(BASE)" ] || { echo "bench-compare: say with what: make bench-compare BASE=main~1" >&2; exit 2; }
+	@script/bench-compare "$(BASE)"
 
 .PHONY: clean
 clean: ## remove what was built

@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -24,12 +23,69 @@ const loadPort = "7070"
 // reachTime is how long a contender may take until the far side can be reached through it.
 const reachTime = 15 * time.Second
 
-// agentSpec is what an agent is told on its command line.
-type agentSpec struct {
-	Target string // of the measurements
-	// A TAP that the agent makes, and a daemon that it then starts, for contenders that have a half inside.
+// sideSpec is what both the agent and the far side are told on their command lines.
+type sideSpec struct {
+	// A TAP to make, and a daemon to start then, for contenders that have a half inside.
 	TAP     *tapSpec `json:",omitempty"`
 	Program []string `json:",omitempty"`
+	// NoGSO has the interface send packets of the MTU.
+	NoGSO bool `json:",omitempty"`
+	// Iperf is the program iperf3, where there is one.
+	Iperf string `json:",omitempty"`
+}
+
+type agentSpec struct {
+	Target string // of the measurements
+	sideSpec
+}
+
+type serveSpec struct {
+	Listen string // ADDR:PORT
+	sideSpec
+}
+
+// argument is a role's argument.
+func argument(spec any) (string, error) {
+	b, err := json.Marshal(spec)
+	return string(b), err
+}
+
+// prepare is what a side does before it reaches or is reached.
+func (s sideSpec) prepare(ctx context.Context) error {
+	if err := shortConnections(); err != nil {
+		return err
+	}
+	if s.TAP != nil {
+		if err := makeTAP(*s.TAP); err != nil {
+			return err
+		}
+	}
+	if len(s.Program) > 0 {
+		cmd := exec.CommandContext(ctx, s.Program[0], s.Program[1:]...)
+		cmd.Stderr = os.Stderr
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		go func() { _ = cmd.Wait() }() // an early end shows as a target out of reach
+	}
+	if !s.NoGSO {
+		return nil
+	}
+	links, err := netlink.LinkList()
+	for _, l := range links {
+		if l.Attrs().Flags&net.FlagLoopback == 0 {
+			err = errors.Join(err, noGSO(l))
+		}
+	}
+	return err
+}
+
+// noGSO has l's kernel cut what it sends through it.
+func noGSO(l netlink.Link) error {
+	if err := netlink.LinkSetGSOMaxSegs(l, 1); err != nil {
+		return fmt.Errorf("%s: longest superframe: %w", l.Attrs().Name, err)
+	}
+	return nil
 }
 
 type tapSpec struct {
@@ -72,7 +128,7 @@ func agent(ctx context.Context, args []string) error {
 	if err := out.Encode(g); err != nil || g.Failed != "" {
 		return err
 	}
-	in := json.NewDecoder(os.Stdin)
+	in, h := json.NewDecoder(os.Stdin), holder{device: g.Interface, iperf: spec.Iperf}
 	for {
 		var q request
 		if err := in.Decode(&q); errors.Is(err, io.EOF) {
@@ -81,7 +137,7 @@ func agent(ctx context.Context, args []string) error {
 			return err
 		}
 		q.Config.Addr = spec.Target
-		res, err := runLoad(ctx, q.Kind, q.Config)
+		res, err := h.measure(ctx, q)
 		r := reply{Result: res}
 		if err != nil {
 			r.Failed = err.Error()
@@ -93,21 +149,8 @@ func agent(ctx context.Context, args []string) error {
 }
 
 func prepareAgent(ctx context.Context, spec agentSpec) (g greeting, err error) {
-	if err := shortConnections(); err != nil {
+	if err := spec.prepare(ctx); err != nil {
 		return g, err
-	}
-	if spec.TAP != nil {
-		if err := makeTAP(*spec.TAP); err != nil {
-			return g, err
-		}
-	}
-	if len(spec.Program) > 0 {
-		cmd := exec.CommandContext(ctx, spec.Program[0], spec.Program[1:]...)
-		cmd.Stderr = os.Stderr
-		if err := cmd.Start(); err != nil {
-			return g, err
-		}
-		go func() { _ = cmd.Wait() }() // an early end shows as a target out of reach
 	}
 	local, err := reach(ctx, spec.Target)
 	if err != nil {
@@ -198,83 +241,24 @@ func makeTAP(t tapSpec) error {
 // serve is the far side. It says so on standard output when it can be reached.
 func serve(ctx context.Context, args []string) error {
 	if len(args) != 1 {
-		return errors.New("want ADDR:PORT")
-	}
-	s, err := load.Listen(args[0])
-	if err != nil {
-		return err
-	}
-	fmt.Println("ready")
-	return s.Serve(ctx)
-}
-
-// userSpec is what the role user starts.
-type userSpec struct {
-	Agent agentSpec
-	// Daemon runs where the role runs; placePID in it becomes the agent's process id.
-	Daemon []string
-}
-
-const placePID = "{PID}"
-
-// user is an ordinary user who makes a network namespace and then lets a daemon give it a network. The agent in it has this process's standard
-// input and output.
-func user(ctx context.Context, args []string) error {
-	if len(args) != 1 {
 		return errors.New("want one argument")
 	}
-	var spec userSpec
+	var spec serveSpec
 	if err := json.Unmarshal([]byte(args[0]), &spec); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	b, err := json.Marshal(spec.Agent)
+	if err := spec.prepare(ctx); err != nil {
+		return err
+	}
+	s, err := load.Listen(spec.Listen)
 	if err != nil {
 		return err
 	}
-	line := role(roleAgent, string(b))
-	inside := exec.CommandContext(ctx, line[0], line[1:]...)
-	inside.Stdin, inside.Stdout, inside.Stderr = os.Stdin, os.Stdout, os.Stderr
-	inside.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags:  unix.CLONE_NEWUSER | unix.CLONE_NEWNET,
-		UidMappings: []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}},
-		GidMappings: []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}},
-	}
-	if err := inside.Start(); err != nil {
-		return err
-	}
-	for i, a := range spec.Daemon {
-		if a == placePID {
-			spec.Daemon[i] = fmt.Sprint(inside.Process.Pid)
+	if spec.Iperf != "" {
+		if err := serveIperf(ctx, spec.Iperf); err != nil {
+			return err
 		}
 	}
-	daemon := exec.CommandContext(ctx, spec.Daemon[0], spec.Daemon[1:]...)
-	daemon.Stdout, daemon.Stderr = os.Stderr, os.Stderr
-	if err := daemon.Start(); err != nil {
-		cancel()
-		return errors.Join(err, inside.Wait())
-	}
-	var daemonErr, insideErr error
-	gone, ended := make(chan struct{}), make(chan struct{})
-	go func() { daemonErr = daemon.Wait(); close(gone) }()
-	go func() { insideErr = inside.Wait(); close(ended) }()
-	select {
-	case <-ended:
-		cancel()
-		<-gone // killed
-		return insideErr
-	case <-gone:
-		cancel()
-		<-ended
-		return fmt.Errorf("%s has ended: %w", spec.Daemon[0], orExit(daemonErr))
-	}
-}
-
-// orExit is err, or that there was none.
-func orExit(err error) error {
-	if err == nil {
-		return errors.New("exit status 0")
-	}
-	return err
+	fmt.Println("ready")
+	return s.Serve(ctx)
 }

@@ -20,9 +20,10 @@ import (
 
 // Config says what to measure. The zero value of a field is its documented default.
 type Config struct {
-	// Scenarios are "switch" and "nat"; default both, in this order.
+	// Scenarios are "switch", "nat", "publish", "tunnel" and "scale"; default all, in this order. A scenario stands for all its variants, such as "nat@v6", which may be named alone; "nat@base"
+	// is the scenario under no condition.
 	Scenarios []string
-	// Peers are names separated by commas, "auto" (default: all but the variants) or "all". The kernel is always measured too.
+	// Peers are names separated by commas, or "all" (default, also by the name of "auto"). The kernel is always measured too.
 	Peers string
 	// Rounds of every contender, 3.
 	Rounds int
@@ -41,7 +42,9 @@ type Config struct {
 }
 
 // Scenarios is every scenario's name.
-func Scenarios() []string { return []string{scenarioSwitch, scenarioNAT} }
+func Scenarios() []string {
+	return []string{scenarioSwitch, scenarioNAT, scenarioPublish, scenarioTunnel, scenarioScale}
+}
 
 // Bounds of a Config.
 const (
@@ -55,10 +58,11 @@ func (c Config) withDefaults() (Config, error) {
 		c.Scenarios = Scenarios()
 	}
 	for _, s := range c.Scenarios {
-		if !slices.Contains(Scenarios(), s) {
-			return c, fmt.Errorf("scenario %q is not known; use %s", s, strings.Join(Scenarios(), ", "))
+		vs := variantsOf(s)
+		if len(vs) == 0 {
+			return c, fmt.Errorf("scenario %q is not known; use %s", s, strings.Join(append(Scenarios(), Variants()...), ", "))
 		}
-		if _, unknown := choose(s, c.Peers); len(unknown) > 0 {
+		if _, unknown := choose(vs[0], c.Peers); len(unknown) > 0 {
 			return c, fmt.Errorf("peer %q is not known; use auto, all, or some of %s", unknown[0], strings.Join(peerNames(), ","))
 		}
 	}
@@ -84,6 +88,18 @@ func (c Config) withDefaults() (Config, error) {
 		c.Progress = io.Discard
 	}
 	return c, nil
+}
+
+// variants are the names of what is to be measured, each once.
+func (c Config) variants() (names []string) {
+	for _, s := range c.Scenarios {
+		for _, v := range variantsOf(s) {
+			if !slices.Contains(names, v.name) {
+				names = append(names, v.name)
+			}
+		}
+	}
+	return names
 }
 
 // Results is what a run has found.
@@ -136,7 +152,8 @@ func Run(ctx context.Context, cfg Config) (res Results, err error) {
 	err = errors.Join(err, <-ended, ctx.Err())
 	report := Markdown(res, issueGoals)
 	fmt.Fprint(cfg.Out, report)
-	return res, errors.Join(err, rows.close(report))
+	html, herr := HTML(res, issueGoals)
+	return res, errors.Join(err, herr, rows.close(report, html))
 }
 
 // inside starts the process in the namespaces and passes its events on until it has ended; then it closes events.
@@ -144,7 +161,7 @@ func inside(ctx context.Context, cfg Config, dir string, events chan<- event) er
 	defer close(events)
 	runtime.LockOSThread() // Pdeathsig means the thread
 	defer runtime.UnlockOSThread()
-	arg, err := json.Marshal(innerConfig{Scenarios: cfg.Scenarios, Peers: cfg.Peers, Rounds: cfg.Rounds, Time: cfg.Time, Commit: cfg.Commit, Dir: dir})
+	arg, err := json.Marshal(innerConfig{Variants: cfg.variants(), Peers: cfg.Peers, Rounds: cfg.Rounds, Time: cfg.Time, Commit: cfg.Commit, Dir: dir})
 	if err != nil {
 		return err
 	}
@@ -208,9 +225,9 @@ func (r rowFile) write(v any) error {
 	return json.NewEncoder(r.f).Encode(v)
 }
 
-func (r rowFile) close(report string) error {
+func (r rowFile) close(report, html string) error {
 	if r.f == nil {
 		return nil
 	}
-	return errors.Join(r.f.Close(), os.WriteFile(r.base+".md", []byte(report), 0o644))
+	return errors.Join(r.f.Close(), os.WriteFile(r.base+".md", []byte(report), 0o644), os.WriteFile(r.base+".html", []byte(html), 0o644))
 }

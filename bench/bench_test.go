@@ -184,15 +184,20 @@ func TestChoose(t *testing.T) {
 		return strings.Join(out, " ")
 	}
 	for _, c := range []struct{ scenario, names, want, unknown string }{
-		{"nat", "", "kernel patchbay slirp4netns pasta gvproxy", ""},
-		{"nat", "auto", "kernel patchbay slirp4netns pasta gvproxy", ""},
-		{"nat", "auto,pasta@65520", "kernel patchbay slirp4netns pasta gvproxy pasta@65520", ""},
-		{"nat", "all", "kernel patchbay slirp4netns pasta gvproxy slirp4netns@65520 pasta@65520", ""},
+		{"nat", "", "kernel patchbay slirp4netns pasta pasta@newest gvproxy patchbay@65520 slirp4netns@65520 pasta@65520 pasta@newest65520 host", ""},
+		{"nat", "all", "kernel patchbay slirp4netns pasta pasta@newest gvproxy patchbay@65520 slirp4netns@65520 pasta@65520 pasta@newest65520 host", ""},
+		{"nat@rtt10", "auto", "kernel patchbay slirp4netns pasta pasta@newest gvproxy", ""},
 		{"nat", "pasta, vde_switch,passt", "kernel pasta", "passt"},
 		{"switch", "pasta,vde_switch", "kernel vde_switch", ""},
-		{"switch", "auto", "kernel patchbay vde_switch openvswitch", ""},
+		{"switch", "auto", "kernel patchbay veth vde_switch openvswitch gvproxy", ""},
+		{"switch@pairs4", "auto", "kernel patchbay vde_switch openvswitch", ""},
+		{"tunnel@loss0.1", "patchbay,patchbay@sealed", "kernel patchbay patchbay@sealed", ""},
 	} {
-		got, unknown := choose(c.scenario, c.names)
+		v, ok := variantOf(c.scenario)
+		if !ok {
+			t.Fatalf("no variant %q", c.scenario)
+		}
+		got, unknown := choose(v, c.names)
 		if names(got) != c.want || strings.Join(unknown, " ") != c.unknown {
 			t.Errorf("%s %q: %s; unknown %q", c.scenario, c.names, names(got), unknown)
 		}
@@ -201,14 +206,14 @@ func TestChoose(t *testing.T) {
 
 func TestConfigIsChecked(t *testing.T) {
 	for want, c := range map[string]Config{
-		"scenario": {Scenarios: []string{"tunnel"}}, "peer": {Peers: "passt"}, "rounds": {Rounds: -1}, "measurement": {Time: time.Hour},
+		"scenario": {Scenarios: []string{"tunnels"}}, "peer": {Peers: "passt"}, "rounds": {Rounds: -1}, "measurement": {Time: time.Hour},
 	} {
 		if _, err := c.withDefaults(); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "use ") {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}
 	c, err := Config{}.withDefaults()
-	if err != nil || !slices.Equal(c.Scenarios, []string{"switch", "nat"}) || c.Rounds != 3 || c.Time != 5*time.Second {
+	if err != nil || !slices.Equal(c.Scenarios, Scenarios()) || c.Rounds != 3 || c.Time != 5*time.Second {
 		t.Errorf("%+v, %v", c, err)
 	}
 }

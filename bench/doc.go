@@ -33,6 +33,19 @@
 //
 //	[client] ── contender ── [server]
 //
+// and of scenario publish, where the agent is outside and the far side in the container, which the host's port 7070 leads to:
+//
+//	[client: serve] ── contender ── [host] 198.18.0.2:7070 ── veth, MTU 1500 ── 198.18.0.1 [server: agent]
+//
+// and of scenario tunnel, where the contender has a half on each host, and the client and the server are on the hosts themselves where the contender is an
+// interface of the host's:
+//
+//	[client] ── contender ── [host] 198.18.0.2 ── veth, MTU 1500 ── 198.18.0.1 [peer] ── contender ── [server]
+//
+// A scenario has variants, each under one condition and with fewer measurements: IPv6, a round trip of 10 or 50 ms more, an underlay that loses packets or has MTU 9000, no superframes, many pairs at the same
+// time. The wire of a longer round trip is a process of the bench between two TAPs (role wire), since not every kernel has netem; loss is nftables' on a bridge between the hosts, where packets
+// are cut before. Scenario scale has variants only: connections held and a long row of short ones through nat, an FDB of 100,000 MACs in switch, silent peers in tunnel.
+//
 // # Ownership
 //
 // The processes of a contender are killed at its end, whatever they forked; the PID namespace ends what escapes that. Files are written by Run only, below
@@ -44,8 +57,9 @@
 //
 // # Limits
 //
-// IPv4 only so far. The CPU time of a daemon is known to 10 ms, so runs shorter than a second make its seconds per GB coarse. Foreign CPU time contains the
-// kernel's own threads.
+// The CPU time of a daemon is known to 10 ms, so runs shorter than a second make its seconds per GB coarse. Foreign CPU time contains the
+// kernel's own threads, and memory is that of processes: what a kernel's bridge, conntrack or vxlan holds is in no figure. Variants count what they take by number at 1.5 s a measurement or longer, and
+// proportionally less below.
 //
 // # References
 //

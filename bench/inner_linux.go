@@ -16,6 +16,8 @@ const (
 	roleAgent     = "agent"
 	roleUser      = "user"
 	roleNode      = "node"
+	roleWire      = "wire"
+	roleSwitch    = "switch"
 )
 
 // self is how the bench starts its own binary, which may be replaced on disk meanwhile.
@@ -45,7 +47,11 @@ func Inner(ctx context.Context, args []string) error {
 	case roleUser:
 		err = user(ctx, args)
 	case roleNode:
-		err = twoContainers(ctx)
+		err = pairsOfContainers(ctx, args)
+	case roleWire:
+		err = wire(ctx, args)
+	case roleSwitch:
+		err = bareSwitch(ctx, args)
 	default:
 		err = fmt.Errorf("no role %q", r)
 	}

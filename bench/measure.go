@@ -14,11 +14,31 @@ type measurement struct {
 	kind      string // of an agent's request
 	cfg       load.Config
 	direction string
+	// count is how many operations, or things held, it takes at fullTime or longer a measurement, and fewer at less, instead of a time.
+	count int
+	// held says that they are there afterwards: the daemons' memory for each is a figure too.
+	held bool
+}
+
+// fullTime is the time of a measurement from which on counts are whole.
+const fullTime = 1500 * time.Millisecond
+
+// config is what the generator is told.
+func (m measurement) config(d time.Duration) load.Config {
+	cfg := m.cfg
+	cfg.Duration = d
+	if m.count > 0 {
+		cfg.Count = max(16, int(float64(m.count)*min(1, d.Seconds()/fullTime.Seconds())))
+	}
+	return cfg
 }
 
 var natMeasurements = []measurement{
 	{name: "tcp out", kind: "stream", direction: "out"},
 	{name: "tcp in", kind: "stream", direction: "in", cfg: load.Config{Reverse: true}},
+	{name: "tcp out 4", kind: "stream", direction: "out", cfg: load.Config{Streams: 4}},
+	{name: "tcp out 16", kind: "stream", direction: "out", cfg: load.Config{Streams: 16}},
+	{name: "tcp out iperf3", kind: iperfKind, direction: "out"},
 	{name: "udp out", kind: "flood", direction: "out", cfg: load.Config{Size: 1400}},
 	{name: "udp in", kind: "flood", direction: "in", cfg: load.Config{Size: 1400, Reverse: true}},
 	{name: "rr", kind: "rr"},
@@ -28,23 +48,66 @@ var natMeasurements = []measurement{
 
 var switchMeasurements = []measurement{
 	{name: "tcp", kind: "stream", direction: "out"},
+	{name: "tcp 4", kind: "stream", direction: "out", cfg: load.Config{Streams: 4}},
+	{name: "tcp iperf3", kind: iperfKind, direction: "out"},
 	{name: "udp 64", kind: "flood", direction: "out", cfg: load.Config{Size: 64}},
+	{name: "udp 1400", kind: "flood", direction: "out", cfg: load.Config{Size: 1400}},
+	{name: "rr", kind: "rr"},
+	{name: "crr 1", kind: "crr"},
+}
+
+var publishMeasurements = []measurement{
+	{name: "tcp in", kind: "stream", direction: "in"},
+	{name: "tcp out", kind: "stream", direction: "out", cfg: load.Config{Reverse: true}},
+	{name: "udp in", kind: "flood", direction: "in", cfg: load.Config{Size: 1400}},
+	{name: "rr", kind: "rr"},
+	{name: "crr 1", kind: "crr"},
+	{name: "crr 16", kind: "crr", cfg: load.Config{Streams: 16}},
+}
+
+var tunnelMeasurements = []measurement{
+	{name: "tcp", kind: "stream", direction: "out"},
+	{name: "tcp 4", kind: "stream", direction: "out", cfg: load.Config{Streams: 4}},
+	{name: "udp 64", kind: "flood", direction: "out", cfg: load.Config{Size: 64}},
+	{name: "udp 1200", kind: "flood", direction: "out", cfg: load.Config{Size: 1200}},
 	{name: "rr", kind: "rr"},
 }
 
-// runLoad is one measurement on the agent's side.
-func runLoad(ctx context.Context, kind string, cfg load.Config) (load.Result, error) {
-	switch kind {
-	case "stream":
-		return load.Stream(ctx, cfg)
-	case "flood":
-		return load.Flood(ctx, cfg)
-	case "rr":
-		return load.RequestResponse(ctx, cfg)
-	case "crr":
-		return load.ConnectRequestClose(ctx, cfg)
+// holder takes measurements on the agent's side, one after the other.
+type holder struct {
+	device string // the side's interface
+	iperf  string // the program
+	letGo  func(context.Context) error
+}
+
+// measure takes one. What is held stays for round trips, and is let go before anything else.
+func (h *holder) measure(ctx context.Context, q request) (load.Result, error) {
+	if h.letGo != nil && q.Kind != "rr" {
+		err := h.letGo(ctx)
+		h.letGo = nil
+		if err != nil {
+			return load.Result{}, err
+		}
 	}
-	return load.Result{}, fmt.Errorf("measurement %q is not known", kind)
+	switch q.Kind {
+	case "stream":
+		return load.Stream(ctx, q.Config)
+	case "flood":
+		return load.Flood(ctx, q.Config)
+	case "rr":
+		return load.RequestResponse(ctx, q.Config)
+	case "crr":
+		return load.ConnectRequestClose(ctx, q.Config)
+	case "hold":
+		res, letGo, err := load.Hold(ctx, q.Config)
+		h.letGo = letGo
+		return res, err
+	case "macs":
+		return sendFromMACs(h.device, q.Config.Count)
+	case iperfKind:
+		return iperf(ctx, h.iperf, q.Config)
+	}
+	return load.Result{}, fmt.Errorf("measurement %q is not known", q.Kind)
 }
 
 // value is one figure of a measurement.
@@ -58,7 +121,7 @@ type value struct {
 func (m measurement) values(r load.Result) ([]value, error) {
 	us := func(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1e3 }
 	switch m.kind {
-	case "stream":
+	case "stream", iperfKind:
 		if r.Bytes == 0 {
 			return nil, fmt.Errorf("no byte arrived")
 		}
@@ -75,6 +138,9 @@ func (m measurement) values(r load.Result) ([]value, error) {
 	}
 	if r.Ops == 0 {
 		return nil, fmt.Errorf("no request was answered: %s", r.FirstErr)
+	}
+	if m.held {
+		return []value{{m.name, float64(r.Ops), "held"}, {m.name + " rate", r.OpsPerSecond(), "a second"}, {m.name + " failed", float64(r.Errors), "requests"}}, nil
 	}
 	return []value{
 		{m.name, r.OpsPerSecond(), "requests/s"},

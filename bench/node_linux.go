@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 
@@ -13,51 +14,128 @@ import (
 	"patchbay/internal/node"
 )
 
-// twoContainers is patchbay in scenario switch: a far side and an agent on one network. The agent has this process's standard input and output.
-func twoContainers(ctx context.Context) error {
+// nodeSpec is what the role node is told.
+type nodeSpec struct {
+	Pairs int
+	sideSpec
+}
+
+// pairsOfContainers is patchbay in scenario switch: pairs of a far side and an agent on one network. To whoever started it it is one agent, which has all of them measure at
+// the same time.
+func pairsOfContainers(ctx context.Context, args []string) error {
+	if len(args) != 1 {
+		return errors.New("want one argument")
+	}
+	var spec nodeSpec
+	if err := json.Unmarshal([]byte(args[0]), &spec); err != nil {
+		return err
+	}
 	node.SetProcs(node.NATLoops + 2)
-	network, err := node.NewNetwork(ctx, node.NetworkConfig{Name: "bench"})
+	network, err := node.NewNetwork(ctx, node.NetworkConfig{Name: "bench", LoopTAPs: node.FewCores()})
 	if err != nil {
 		return err
 	}
 	defer network.Close()
-	r, w, err := os.Pipe()
-	if err != nil {
+	var agents agentGroup
+	for i := range spec.Pairs {
+		a, end, err := startPair(ctx, network, i, spec.sideSpec)
+		if err != nil {
+			return err
+		}
+		defer end()
+		agents = append(agents, a)
+	}
+	out := json.NewEncoder(os.Stdout)
+	for _, a := range agents {
+		if err := a.greet(); err != nil {
+			return err
+		}
+	}
+	if err := out.Encode(agents[0].greeting); err != nil {
 		return err
 	}
-	defer r.Close()
-	far, err := network.Start(ctx, node.ContainerConfig{
-		AttachConfig: node.AttachConfig{Name: "server"},
-		Process:      edge.Spec{Argv: role(roleServe, ":"+loadPort), Env: os.Environ(), Dir: "/"},
-		Stdio:        edge.Stdio{Out: w, Err: os.Stderr},
-	})
+	in := json.NewDecoder(os.Stdin)
+	for {
+		var q request
+		if err := in.Decode(&q); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		r, err := agents.ask(q)
+		if err != nil {
+			r.Failed = err.Error()
+		}
+		if err := out.Encode(r); err != nil {
+			return err
+		}
+	}
+}
+
+// startPair starts the containers of one pair. end ends them.
+func startPair(ctx context.Context, network *node.Network, number int, side sideSpec) (a *agentConn, end func(), err error) {
+	var ends []func()
+	end = func() {
+		for _, f := range ends {
+			f()
+		}
+	}
+	defer func() {
+		if err != nil {
+			end()
+		}
+	}()
+	pipe := func() (r, w *os.File) {
+		if err == nil {
+			r, w, err = os.Pipe()
+		}
+		return r, w
+	}
+	start := func(name string, role []string, stdio edge.Stdio) *node.Container {
+		if err != nil {
+			return nil
+		}
+		c, serr := network.Start(ctx, node.ContainerConfig{
+			AttachConfig: node.AttachConfig{Name: fmt.Sprintf("%s%d", name, number)},
+			Process:      edge.Spec{Argv: role, Env: os.Environ(), Dir: "/"},
+			Stdio:        stdio,
+		})
+		if err = serr; err != nil {
+			return nil
+		}
+		ends = append(ends, func() { c.Close() })
+		return c
+	}
+	serve, err := argument(serveSpec{Listen: ":" + loadPort, sideSpec: side})
+	if err != nil {
+		return nil, nil, err
+	}
+	ready, w := pipe()
+	far := start("server", role(roleServe, serve), edge.Stdio{Out: w, Err: os.Stderr})
+	if err != nil {
+		return nil, nil, err
+	}
 	w.Close()
-	if err != nil {
-		return err
-	}
-	defer far.Close()
-	if line, err := bufio.NewReader(r).ReadString('\n'); err != nil {
-		return fmt.Errorf("the far side said %q: %w", line, err)
+	defer ready.Close()
+	if line, rerr := bufio.NewReader(ready).ReadString('\n'); rerr != nil {
+		return nil, nil, fmt.Errorf("the far side said %q: %w", line, rerr)
 	}
 	if len(far.Addrs()) == 0 {
-		return errors.New("the far side has no address")
+		return nil, nil, errors.New("the far side has no address")
 	}
-	spec, err := json.Marshal(agentSpec{Target: net.JoinHostPort(far.Addrs()[0].String(), loadPort)})
+	agent, err := argument(agentSpec{Target: net.JoinHostPort(far.Addrs()[0].String(), loadPort), sideSpec: side})
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	near, err := network.Start(ctx, node.ContainerConfig{
-		AttachConfig: node.AttachConfig{Name: "client"},
-		Process:      edge.Spec{Argv: role(roleAgent, string(spec)), Env: os.Environ(), Dir: "/"},
-		Stdio:        edge.Stdio{In: os.Stdin, Out: os.Stdout, Err: os.Stderr},
-	})
+	inR, inW := pipe()
+	outR, outW := pipe()
+	start("client", role(roleAgent, agent), edge.Stdio{In: inR, Out: outW, Err: os.Stderr})
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	defer near.Close()
-	st, err := near.Wait()
-	if err == nil && st.ExitCode() != 0 {
-		err = fmt.Errorf("the agent ended with %s", st)
-	}
-	return err
+	inR.Close()
+	outW.Close()
+	a = newAgentConn(inW, outR)
+	ends = append(ends, a.close)
+	return a, end, nil
 }

@@ -13,21 +13,31 @@ import (
 
 // Names of the scenarios.
 const (
-	scenarioNAT    = "nat"
-	scenarioSwitch = "switch"
+	scenarioNAT     = "nat"
+	scenarioSwitch  = "switch"
+	scenarioPublish = "publish"
+	scenarioTunnel  = "tunnel"
+	scenarioScale   = "scale" // variants of the others
 )
 
 // Names of the contenders that reports treat specially.
 const (
 	peerKernel   = "kernel"
 	peerPatchbay = "patchbay"
+	// With 10,000 ports more that nobody uses.
+	peerManyPorts = "patchbay@10k"
+	// Not contenders but what there is without one: no translation, no switch.
+	peerHost = "host"
+	peerVeth = "veth"
+	// On the superframe wire, clear and sealed; peerPatchbay is plain VXLAN there.
+	peerSuperframe = "patchbay@superframe"
+	peerSealed     = "patchbay@sealed"
 )
 
 // peer is a contender of a scenario.
 type peer struct {
 	name     string
 	scenario string
-	optional bool     // measured only when asked for
 	programs []string // that it needs; the first tells its version
 	version  string   // the argument that makes it tell
 	pkg      string   // Debian's name, for a program that does not know its own version
@@ -35,58 +45,120 @@ type peer struct {
 	start    func(*site) error
 }
 
+var gvPrograms = []string{"gvproxy", "gvforwarder"}
+
+const gvRemedy = "script/deps bench builds it by `go install` into the user's cache directory"
+
+// pastaNewest is a pasta of one's own beside the distribution's, which is often years old.
+const pastaNewest = "pasta-newest"
+
+var pastaRemedies = map[string]string{
+	"pasta":     "install package passt",
+	pastaNewest: "build passt's newest release and put its pasta, by this name, into PATH or beside what script/deps bench builds in the user's cache directory",
+}
+
 // peers is every contender, the baseline first in each scenario.
 func peers() []peer {
-	slirp := func(name string, mtu int, optional bool) peer {
+	slirp := func(name string, mtu int) peer {
 		return peer{
-			name: name, scenario: scenarioNAT, optional: optional, programs: []string{"slirp4netns"}, version: "--version", remedy: "install package slirp4netns",
+			name: name, scenario: scenarioNAT, programs: []string{"slirp4netns"}, version: "--version", remedy: "install package slirp4netns",
 			start: func(s *site) error {
-				return s.startUser(agentSpec{Target: s.target}, s.path("slirp4netns"), "-c", fmt.Sprintf("--mtu=%d", mtu), "--disable-host-loopback", placePID, "tap0")
+				line := []string{s.path("slirp4netns"), "-c", fmt.Sprintf("--mtu=%d", mtu), "--disable-host-loopback"}
+				if s.under.v6 {
+					line = append(line, "--enable-ipv6")
+				}
+				return s.startUser(s.agentSpec(), append(line, placePID, "tap0")...)
 			},
 		}
 	}
-	pasta := func(name string, mtu int, optional bool) peer {
+	pasta := func(name, program string, mtu int) peer {
 		return peer{
-			name: name, scenario: scenarioNAT, optional: optional, programs: []string{"pasta"}, version: "--version", pkg: "passt", remedy: "install package passt",
+			name: name, scenario: scenarioNAT, programs: []string{program}, version: "--version", pkg: "passt", remedy: pastaRemedies[program],
 			start: func(s *site) error {
-				return s.startUser(agentSpec{Target: s.target}, s.path("pasta"), "-f", "--config-net", "-m", fmt.Sprint(mtu),
+				return s.startUser(s.agentSpec(), s.path(program), "-f", "--config-net", "-m", fmt.Sprint(mtu),
 					"--no-map-gw", "-t", "none", "-u", "none", "-T", "none", "-U", "none", placePID) // the far side is the host's gateway
 			},
 		}
 	}
+	publishPasta := func(name, program string, many bool) peer {
+		return peer{
+			name: name, scenario: scenarioPublish, programs: []string{program}, version: "--version", pkg: "passt", remedy: pastaRemedies[program],
+			start: func(s *site) error { return s.pastaPublish(program, 1500, many) },
+		}
+	}
+	publish := func(name, pkg string, start func(s *site) error) peer {
+		program, _, _ := strings.Cut(name, "@")
+		return peer{name: name, scenario: scenarioPublish, programs: []string{program}, version: "--version", pkg: pkg, remedy: "install package " + pkg, start: start}
+	}
 	return []peer{
 		{name: peerKernel, scenario: scenarioNAT, programs: []string{"nft"}, remedy: "install package nftables", start: (*site).masquerade},
-		{name: peerPatchbay, scenario: scenarioNAT, start: (*site).patchbayRun},
-		slirp("slirp4netns", 1500, false),
-		pasta("pasta", 1500, false),
+		{name: peerPatchbay, scenario: scenarioNAT, start: func(s *site) error { return s.patchbayRun(1500) }},
+		slirp("slirp4netns", 1500),
+		pasta("pasta", "pasta", 1500),
+		pasta("pasta@newest", pastaNewest, 1500),
 		{
-			name: "gvproxy", scenario: scenarioNAT, programs: []string{"gvproxy", "gvforwarder"}, version: "-version",
-			remedy: "script/deps bench builds it by `go install` into the user's cache directory", start: (*site).gvproxy,
+			name: "gvproxy", scenario: scenarioNAT, programs: gvPrograms, version: "-version", remedy: gvRemedy, start: (*site).gvproxy,
 		},
-		slirp("slirp4netns@65520", 65520, true),
-		pasta("pasta@65520", 65520, true),
+		{name: "patchbay@65520", scenario: scenarioNAT, start: func(s *site) error { return s.patchbayRun(65520) }},
+		slirp("slirp4netns@65520", 65520),
+		pasta("pasta@65520", "pasta", 65520),
+		pasta("pasta@newest65520", pastaNewest, 65520),
+		{name: peerHost, scenario: scenarioNAT, start: (*site).direct},
 		{name: peerKernel, scenario: scenarioSwitch, start: (*site).kernelBridge},
 		{name: peerPatchbay, scenario: scenarioSwitch, start: (*site).patchbayNode},
+		{name: peerVeth, scenario: scenarioSwitch, start: (*site).wireAlone},
 		{name: "vde_switch", scenario: scenarioSwitch, programs: []string{"vde_switch"}, version: "--version", remedy: "install package vde2", start: (*site).vde},
 		{
 			name: "openvswitch", scenario: scenarioSwitch, programs: []string{"ovs-vswitchd", "ovsdb-server", "ovsdb-tool", "ovs-vsctl"}, version: "--version",
 			remedy: "install package openvswitch-switch", start: (*site).openvswitch,
 		},
+		{name: "gvproxy", scenario: scenarioSwitch, programs: gvPrograms, version: "-version", remedy: gvRemedy, start: (*site).gvproxySwitch},
+		{name: peerKernel, scenario: scenarioPublish, programs: []string{"nft"}, remedy: "install package nftables", start: (*site).dnat},
+		{name: peerPatchbay, scenario: scenarioPublish, start: func(s *site) error { return s.patchbayPublish(false) }},
+		publishPasta("pasta", "pasta", false),
+		publishPasta("pasta@newest", pastaNewest, false),
+		publish("slirp4netns", "slirp4netns", func(s *site) error { return s.slirpPublish(1500, false) }),
+		{
+			name: "rootlesskit", scenario: scenarioPublish, programs: []string{"rootlesskit", "slirp4netns"}, version: "--version",
+			remedy: "install packages rootlesskit and slirp4netns", start: (*site).rootlesskit,
+		},
+		{name: peerManyPorts, scenario: scenarioPublish, start: func(s *site) error { return s.patchbayPublish(true) }},
+		publishPasta("pasta@10k", "pasta", true),
+		publish("slirp4netns@10k", "slirp4netns", func(s *site) error { return s.slirpPublish(1500, true) }),
+		{name: peerKernel, scenario: scenarioTunnel, start: (*site).kernelVXLAN},
+		{name: peerPatchbay, scenario: scenarioTunnel, start: func(s *site) error { return s.patchbayTunnel() }},
+		{name: peerSuperframe, scenario: scenarioTunnel, start: func(s *site) error { return s.patchbayTunnel("--wire", "patchbay") }},
+		{name: peerSealed, scenario: scenarioTunnel, start: func(s *site) error { return s.patchbayTunnel("--wire", "patchbay", "--seal") }},
+		{
+			name: "openvswitch", scenario: scenarioTunnel, programs: []string{"ovs-vswitchd", "ovsdb-server", "ovsdb-tool", "ovs-vsctl"}, version: "--version",
+			remedy: "install package openvswitch-switch", start: (*site).ovsTunnel,
+		},
+		{
+			name: "vde_plug", scenario: scenarioTunnel, programs: []string{"vde_switch", "vde_plug"}, version: "--version", remedy: "install package vde2", start: (*site).vdeTunnel,
+		},
+		{
+			name: "wireguard-go", scenario: scenarioTunnel, programs: []string{"wireguard"}, version: "--version",
+			remedy: "script/deps bench builds it by `go install` into the user's cache directory", start: (*site).wireguard,
+		},
+		{
+			name: "nebula", scenario: scenarioTunnel, programs: []string{"nebula", "nebula-cert"}, version: "-version",
+			remedy: "script/deps bench builds it by `go install` into the user's cache directory", start: (*site).nebula,
+		},
 	}
 }
 
-// choose returns the contenders of a scenario that names ask for: "auto", "all", or names separated by commas. The kernel is always among them,
+// choose returns the contenders of a variant that names ask for: "auto" or "all", which are the same, or names separated by commas. The kernel is always among them,
 // as the baseline. Names that nobody has are returned too.
-func choose(scenario, names string) (chosen []peer, unknown []string) {
+func choose(v variant, names string) (chosen []peer, unknown []string) {
 	want := strings.FieldsFunc(names, func(r rune) bool { return r == ',' || r == ' ' })
 	known := map[string]bool{}
 	for _, p := range peers() {
 		known[p.name] = true
-		if p.scenario != scenario {
+		if p.scenario != v.scenario || !v.takesPart(p.name) {
 			continue
 		}
-		auto := len(want) == 0 || slices.Contains(want, "auto")
-		if p.name == peerKernel || slices.Contains(want, p.name) || slices.Contains(want, "all") || auto && !p.optional {
+		every := len(want) == 0 || slices.Contains(want, "auto") || slices.Contains(want, "all")
+		if p.name == peerKernel || slices.Contains(want, p.name) || every {
 			chosen = append(chosen, p)
 		}
 	}
@@ -142,9 +214,10 @@ func (p peer) findAll() (map[string]string, error) {
 // versionOf asks the program, then the package database.
 func (p peer) versionOf(ctx context.Context, paths map[string]string, commit string, m Machine) string {
 	switch p.name {
-	case peerKernel:
+	case peerKernel, peerHost, peerVeth:
 		return m.Kernel
-	case peerPatchbay:
+	}
+	if strings.HasPrefix(p.name, peerPatchbay) {
 		return commit
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)

@@ -22,15 +22,18 @@ type table struct {
 
 var tables = []table{
 	{scenarioSwitch, "two namespaces joined, MTU 1500", []column{
-		{"tcp", "TCP 1 stream Gbit/s", 1, false}, {"udp 64", "UDP 64 B delivered k/s", 1e-3, false},
+		{"tcp", "TCP 1 stream Gbit/s", 1, false}, {"tcp 4", "TCP 4 streams Gbit/s", 1, false}, {"tcp iperf3", "TCP by iperf3 Gbit/s", 1, false},
+		{"udp 64", "UDP 64 B delivered k/s", 1e-3, false}, {"udp 1400", "UDP 1400 B delivered k/s", 1e-3, false},
 		{"rr", "TCP RR k/s", 1e-3, false}, {"rr p50", "RR p50 µs", 1, false}, {"rr p99", "RR p99 µs", 1, false},
+		{"crr 1", "connect-request-close k/s", 1e-3, false}, {"crr 1 p50", "its p50 µs", 1, false},
 	}},
 	{scenarioSwitch, "what it costs", []column{
-		{"tcp cpu", "daemon CPU s/GB", 1, true}, {"tcp system cpu", "system CPU s/GB", 1, false}, {"udp 64 loss", "UDP 64 B lost", 1, true},
+		{"tcp cpu", "daemon CPU s/GB", 1, true}, {"tcp system cpu", "system CPU s/GB", 1, false}, {"udp 64 loss", "UDP 64 B lost", 1, true}, {"udp 1400 loss", "UDP 1400 B lost", 1, true},
 		{"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true},
 	}},
 	{scenarioNAT, "throughput", []column{
 		{"tcp out", "TCP out Gbit/s", 1, false}, {"tcp in", "TCP in Gbit/s", 1, false},
+		{"tcp out 4", "out, 4 streams", 1, false}, {"tcp out 16", "out, 16 streams", 1, false}, {"tcp out iperf3", "out, by iperf3", 1, false},
 		{"udp out", "UDP 1400 B out delivered k/s", 1e-3, false}, {"udp in", "UDP 1400 B in delivered k/s", 1e-3, false},
 	}},
 	{scenarioNAT, "request and response over one connection", []column{
@@ -45,6 +48,27 @@ var tables = []table{
 	{scenarioNAT, "what it costs", []column{
 		{"tcp out cpu", "daemon CPU s/GB out", 1, true}, {"tcp in cpu", "daemon CPU s/GB in", 1, true},
 		{"tcp out system cpu", "system CPU s/GB out", 1, false}, {"udp out loss", "UDP out lost", 1, true}, {"udp in loss", "UDP in lost", 1, true},
+		{"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true},
+	}},
+	{scenarioPublish, "into a container by a published port, MTU 1500", []column{
+		{"tcp in", "TCP in Gbit/s", 1, false}, {"tcp out", "TCP out Gbit/s", 1, false}, {"udp in", "UDP 1400 B in delivered k/s", 1e-3, false},
+		{"rr", "RR k/s", 1e-3, false}, {"rr p50", "RR p50 µs", 1, false},
+	}},
+	{scenarioPublish, "connect, request, close", []column{
+		{"crr 1", "1 at a time k/s", 1e-3, false}, {"crr 1 p50", "p50 µs", 1, false}, {"crr 1 failed", "failed", 1, true},
+		{"crr 16", "16 at a time k/s", 1e-3, false}, {"crr 16 p99", "p99 µs", 1, false}, {"crr 16 failed", "failed", 1, true},
+	}},
+	{scenarioPublish, "what it costs", []column{
+		{"tcp in cpu", "daemon CPU s/GB in", 1, true}, {"tcp in system cpu", "system CPU s/GB in", 1, false}, {"udp in loss", "UDP in lost", 1, true},
+		{"start", "start s", 1, true}, {"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true},
+	}},
+	{scenarioTunnel, "two hosts on an underlay with MTU 1500, plain and encrypted", []column{
+		{"tcp", "TCP 1 stream Gbit/s", 1, false}, {"tcp 4", "TCP 4 streams Gbit/s", 1, false},
+		{"udp 64", "UDP 64 B delivered k/s", 1e-3, false}, {"udp 1200", "UDP 1200 B delivered k/s", 1e-3, false},
+		{"rr", "TCP RR k/s", 1e-3, false}, {"rr p50", "RR p50 µs", 1, false}, {"rr p99", "RR p99 µs", 1, false},
+	}},
+	{scenarioTunnel, "what it costs, both hosts together", []column{
+		{"tcp cpu", "daemons CPU s/GB", 1, true}, {"tcp system cpu", "system CPU s/GB", 1, false}, {"udp 64 loss", "UDP 64 B lost", 1, true}, {"udp 1200 loss", "UDP 1200 B lost", 1, true},
 		{"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true},
 	}},
 }
@@ -135,15 +159,9 @@ func Markdown(res Results, goals []Goal) string {
 	sums := summarize(res.Rows)
 	b.WriteString("# patchbay bench\n\n")
 	if len(res.Rows) > 0 {
-		r := res.Rows[0]
-		rounds, foreign := 0, 0.0
-		for _, r := range res.Rows {
-			rounds, foreign = max(rounds, r.Round), max(foreign, r.Foreign+r.Steal)
-		}
-		fmt.Fprintf(&b, "%s, %s, %d cores, Linux %s, patchbay %s. Rounds: %d, %s s a measurement. Cells: median (min–max) **ratio to the kernel of the same round**. Others used at most %.0f %% of the machine during a measurement.\n",
-			r.Date.Format("2006-01-02"), r.CPU, r.Cores, r.Kernel, r.Commit, rounds, number(r.Seconds), foreign*100)
+		fmt.Fprintf(&b, "%s Cells: median (min–max) **ratio to the kernel of the same round**.\n", machineText(res.Rows))
 	}
-	for _, t := range tables {
+	for _, t := range allTables() {
 		t.write(&b, res.Rows, sums)
 	}
 	writeGoals(&b, sums, goals)
@@ -156,6 +174,20 @@ func Markdown(res Results, goals []Goal) string {
 		}
 	}
 	return b.String()
+}
+
+// machineText says where, when and how it was measured; empty for no rows.
+func machineText(rows []Row) string {
+	if len(rows) == 0 {
+		return ""
+	}
+	r := rows[0]
+	rounds, foreign := 0, 0.0
+	for _, r := range rows {
+		rounds, foreign = max(rounds, r.Round), max(foreign, r.Foreign+r.Steal)
+	}
+	return fmt.Sprintf("%s, %s, %d cores, Linux %s, patchbay %s. Rounds: %d, %s s a measurement. Others used at most %.0f %% of the machine during a measurement.",
+		r.Date.Format("2006-01-02"), r.CPU, r.Cores, r.Kernel, r.Commit, rounds, number(r.Seconds), foreign*100)
 }
 
 // contenders is who has rows in a scenario, in the order of their first ones.
@@ -207,21 +239,12 @@ func writeNotes(b *strings.Builder, rows []Row) {
 
 // writeContenders says what ran: version, MTU and offloads read back, command lines from /proc.
 func writeContenders(b *strings.Builder, rows []Row) {
-	first := map[string]Row{}
-	var order []string
-	for _, r := range rows {
-		k := r.Scenario + " " + r.Peer
-		if _, ok := first[k]; !ok {
-			first[k], order = r, append(order, k)
-		}
-	}
-	if len(order) == 0 {
+	if len(rows) == 0 {
 		return
 	}
 	b.WriteString("\n## What ran\n\n")
-	for _, k := range order {
-		r := first[k]
-		fmt.Fprintf(b, "- **%s** %s, MTU %d, offloads: %s\n", k, r.Version, r.MTU, offloadText(r.Offloads))
+	for _, r := range firstRows(rows) {
+		fmt.Fprintf(b, "- **%s %s** %s, MTU %d, offloads: %s\n", r.Scenario, r.Peer, r.Version, r.MTU, offloadText(r.Offloads))
 		for _, p := range r.Processes {
 			fmt.Fprintf(b, "  - `%s`: `%s`\n", p.Exe, strings.Join(p.Argv, " "))
 		}

@@ -70,7 +70,7 @@ func readReport(t *testing.T, dir string) (res Results, markdown string) {
 func TestBench(t *testing.T) {
 	testbed.Leaks(t)
 	testbed.Tool(t, "nft")
-	cmd, dir := command(t, "", "all", "--peers=patchbay", "--rounds", "1", "--time", "200ms")
+	cmd, dir := command(t, "", scenarioSwitch+baseName, scenarioNAT+baseName, scenarioPublish, scenarioTunnel+baseName, "--peers=patchbay,"+peerManyPorts+","+peerSuperframe+","+peerSealed, "--rounds", "1", "--time", "200ms")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -83,14 +83,21 @@ func TestBench(t *testing.T) {
 		t.Errorf("%s: %s", a.subject(), a.Reason)
 	}
 	exe := testbed.Build(t)
-	for _, sc := range Scenarios() {
-		for _, p := range []string{peerKernel, peerPatchbay} {
+	for _, sc := range []string{scenarioSwitch, scenarioNAT, scenarioPublish, scenarioTunnel} {
+		peers := []string{peerKernel, peerPatchbay}
+		if sc == scenarioPublish {
+			peers = append(peers, peerManyPorts)
+		}
+		if sc == scenarioTunnel {
+			peers = append(peers, peerSuperframe, peerSealed)
+		}
+		for _, p := range peers {
 			var want []string
 			for _, m := range measurementsOf(sc) {
 				switch m.kind {
-				case "stream":
+				case "stream", iperfKind:
 					want = append(want, m.name, m.name+" system cpu")
-					if p == peerPatchbay {
+					if p != peerKernel {
 						want = append(want, m.name+" cpu")
 					}
 				case "flood":
@@ -99,8 +106,11 @@ func TestBench(t *testing.T) {
 					want = append(want, m.name, m.name+" p50", m.name+" p99", m.name+" max", m.name+" failed")
 				}
 			}
-			if p == peerPatchbay {
+			if p != peerKernel {
 				want = append(want, "rss", "rss peak")
+				if sc == scenarioPublish {
+					want = append(want, "start")
+				}
 			}
 			var got []string
 			for _, r := range res.Rows {
@@ -124,10 +134,61 @@ func TestBench(t *testing.T) {
 	}
 }
 
+// Each variant is measured, and under its condition where a figure shows that.
+func TestVariants(t *testing.T) {
+	testbed.Leaks(t)
+	testbed.Tool(t, "nft")
+	var names []string
+	for _, v := range variants {
+		if v.name != v.scenario {
+			names = append(names, v.name)
+		}
+	}
+	cmd, dir := command(t, "", append([]string{"--peers", "patchbay", "--rounds", "1", "--time", "60ms"}, names...)...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	res, md := readReport(t, dir)
+	for _, a := range res.Absent {
+		t.Errorf("%s: %s", a.subject(), a.Reason)
+	}
+	got := map[summaryKey]float64{}
+	for _, r := range res.Rows {
+		got[summaryKey{r.Scenario, r.Peer, r.Measure}] = r.Value
+	}
+	for _, name := range names {
+		v, _ := variantOf(name)
+		if !strings.Contains(md, "## "+name+": "+v.title) {
+			t.Errorf("no table of %s", name)
+		}
+		for _, p := range []string{peerKernel, peerPatchbay} {
+			for _, m := range v.measurements {
+				if got[summaryKey{name, p, m.name}] <= 0 {
+					t.Errorf("%s %s %s was not measured", name, p, m.name)
+				}
+			}
+			// A connection and a request are two round trips.
+			if p50 := got[summaryKey{name, p, "crr 1 p50"}]; v.rtt > 0 && p50 < float64(2*v.rtt.Microseconds()) {
+				t.Errorf("%s %s: %v µs to connect and ask", name, p, p50)
+			}
+		}
+		for _, m := range v.measurements {
+			if _, ok := got[summaryKey{name, peerPatchbay, m.name + " memory"}]; ok != m.held {
+				t.Errorf("%s %s: memory of each: %v", name, m.name, ok)
+			}
+		}
+	}
+}
+
 func checkRow(t *testing.T, r Row, exe string) {
 	t.Helper()
 	who := r.Scenario + " " + r.Peer + " " + r.Measure
-	if r.Round != 1 || r.MTU != 1500 || r.Version == "" || r.Commit == "" || r.Kernel == "" || r.CPU == "" || r.Cores == 0 || r.Unit == "" ||
+	mtu := 1500
+	if r.Scenario == scenarioTunnel {
+		mtu = map[string]int{peerKernel: 1450, peerPatchbay: 1450, peerSuperframe: 1434, peerSealed: 1418}[r.Peer]
+	}
+	if r.Round != 1 || r.MTU != mtu || r.Version == "" || r.Commit == "" || r.Kernel == "" || r.CPU == "" || r.Cores == 0 || r.Unit == "" ||
 		r.Seconds != 0.2 || time.Since(r.Date) > time.Hour || !slices.Contains(r.Offloads, "tx-tcp-segmentation") {
 		t.Errorf("%s: %+v", who, r)
 	}
@@ -138,7 +199,7 @@ func checkRow(t *testing.T, r Row, exe string) {
 	if strings.HasSuffix(r.Measure, "failed") && r.Value != 0 {
 		t.Errorf("%s: %v", who, r.Value)
 	}
-	kernelHas := !strings.HasPrefix(r.Measure, "rss") && (!strings.HasSuffix(r.Measure, " cpu") || strings.HasSuffix(r.Measure, "system cpu"))
+	kernelHas := !strings.HasPrefix(r.Measure, "rss") && r.Measure != "start" && (!strings.HasSuffix(r.Measure, " cpu") || strings.HasSuffix(r.Measure, "system cpu"))
 	if r.Ratio != nil && !kernelHas || r.Ratio == nil && kernelHas && !zero {
 		t.Errorf("%s: ratio %v", who, r.Ratio)
 	}
@@ -148,7 +209,7 @@ func checkRow(t *testing.T, r Row, exe string) {
 		}
 		return
 	}
-	wantProcesses := map[string]int{scenarioNAT: 2, scenarioSwitch: 3}[r.Scenario] // patchbay itself, and the edge process of each container
+	wantProcesses := map[string]int{scenarioNAT: 2, scenarioSwitch: 3, scenarioPublish: 2, scenarioTunnel: 6}[r.Scenario] // patchbay itself, and the edge process of each container; a daemon and a client more on each host of a tunnel
 	if len(r.Processes) != wantProcesses {
 		t.Errorf("%s: processes %v", who, r.Processes)
 	}

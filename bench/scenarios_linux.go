@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,12 +19,12 @@ const eventFD = 3
 
 // innerConfig is what Run tells the process inside the namespaces.
 type innerConfig struct {
-	Scenarios []string
-	Peers     string
-	Rounds    int
-	Time      time.Duration
-	Commit    string
-	Dir       string // for sockets; removed by Run
+	Variants []string
+	Peers    string
+	Rounds   int
+	Time     time.Duration
+	Commit   string
+	Dir      string // for sockets; removed by Run
 }
 
 // More than this share of the machine's time used by others, or stolen, and a measurement is made once more. Below repeatFrom the shares are too
@@ -44,6 +45,7 @@ func scenarios(ctx context.Context, args []string) error {
 	if err := json.Unmarshal([]byte(args[0]), &r.cfg); err != nil {
 		return err
 	}
+	r.iperf, _ = find(iperfKind) // it is not needed
 	if err := r.run(ctx); err != nil {
 		return r.emit(event{Failed: err.Error()})
 	}
@@ -54,6 +56,7 @@ func scenarios(ctx context.Context, args []string) error {
 type runner struct {
 	cfg     innerConfig
 	machine Machine
+	iperf   string // the program iperf3, or empty
 
 	mu  sync.Mutex
 	out *json.Encoder
@@ -83,26 +86,38 @@ func (r *runner) run(ctx context.Context) error {
 		return fmt.Errorf("mount /proc of a new PID namespace: %w; a container that masks parts of /proc forbids that", err)
 	}
 	entrants := map[string][]entrant{}
-	for _, sc := range r.cfg.Scenarios {
-		chosen, _ := choose(sc, r.cfg.Peers)
+	for _, name := range r.cfg.Variants {
+		v, ok := variantOf(name)
+		if !ok {
+			return fmt.Errorf("no variant %q", name)
+		}
+		chosen, _ := choose(v, r.cfg.Peers)
 		for _, p := range chosen {
 			paths, err := p.findAll()
 			if err != nil {
-				if err := r.emit(event{Absent: &Absence{Scenario: sc, Peer: p.name, Reason: err.Error()}}); err != nil {
+				if err := r.emit(event{Absent: &Absence{Scenario: v.name, Peer: p.name, Reason: err.Error()}}); err != nil {
 					return err
 				}
 				continue
 			}
-			entrants[sc] = append(entrants[sc], entrant{p, paths, p.versionOf(ctx, paths, r.cfg.Commit, r.machine)})
-			r.total += r.cfg.Rounds * len(measurementsOf(sc))
+			entrants[v.name] = append(entrants[v.name], entrant{p, paths, p.versionOf(ctx, paths, r.cfg.Commit, r.machine)})
+			r.total += r.cfg.Rounds * len(r.measurements(v))
+		}
+		for _, m := range v.measurements {
+			if r.without(m) {
+				if err := r.emit(event{Absent: &Absence{Scenario: v.name, Peer: "all", Measure: m.name, Reason: iperfAbsence}}); err != nil {
+					return err
+				}
+			}
 		}
 	}
 	r.began = time.Now()
-	for _, sc := range r.cfg.Scenarios {
+	for _, name := range r.cfg.Variants {
+		v, _ := variantOf(name)
 		for round := 1; round <= r.cfg.Rounds; round++ {
 			base := map[string]float64{}
-			for _, e := range inRound(entrants[sc], round) {
-				if err := r.contend(sc, round, e, base); err != nil {
+			for _, e := range inRound(entrants[v.name], round) {
+				if err := r.contend(v, round, e, base); err != nil {
 					return err
 				}
 			}
@@ -111,11 +126,12 @@ func (r *runner) run(ctx context.Context) error {
 	return nil
 }
 
-func measurementsOf(scenario string) []measurement {
-	if scenario == scenarioNAT {
-		return natMeasurements
-	}
-	return switchMeasurements
+// without reports whether a measurement cannot be taken here.
+func (r *runner) without(m measurement) bool { return m.kind == iperfKind && r.iperf == "" }
+
+// measurements are those of v that can be taken here.
+func (r *runner) measurements(v variant) []measurement {
+	return slices.DeleteFunc(slices.Clone(v.measurements), r.without)
 }
 
 // inRound is the order of a round: the baseline first, the others turned by one each time, so that none always follows the same one.
@@ -132,32 +148,37 @@ func inRound(es []entrant, round int) []entrant {
 }
 
 // contend measures one contender in one round. base has the kernel's values of the round. An error is one of the bench, not of the contender.
-func (r *runner) contend(sc string, round int, e entrant, base map[string]float64) error {
-	ms := measurementsOf(sc)
+func (r *runner) contend(v variant, round int, e entrant, base map[string]float64) error {
+	sc, ms := v.name, r.measurements(v)
 	planned := r.done + len(ms)
 	defer func() { r.done = planned }()
 	dir := filepath.Join(r.cfg.Dir, fmt.Sprintf("%s-%d-%d", sc, round, r.done))
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
-	s := newSite(dir, e.paths)
+	s := newSite(dir, e.paths, v.condition)
+	if slices.ContainsFunc(ms, func(m measurement) bool { return m.kind == iperfKind }) {
+		s.iperf = r.iperf
+	}
 	defer s.close()
 	step := Step{Scenario: sc, Round: round, Rounds: r.cfg.Rounds, Peer: e.name, Measure: "start", Left: r.left()}
 	if err := r.emit(event{Step: &step}); err != nil {
 		return err
 	}
-	if err := s.open(sc); err != nil {
+	if err := s.open(v.scenario); err != nil {
 		return err
 	}
 	absent := func(measure string, err error) error {
 		return r.emit(event{Absent: &Absence{Scenario: sc, Peer: e.name, Round: round, Measure: measure, Reason: err.Error()}})
 	}
+	began := time.Now()
 	if err := e.start(s); err != nil {
 		return absent("", err)
 	}
+	took := time.Since(began)
 	row := Row{
 		Scenario: sc, Peer: e.name, Version: e.version, Round: round, Commit: r.cfg.Commit, Machine: r.machine, Seconds: r.cfg.Time.Seconds(),
-		MTU: s.agent.greeting.MTU, Offloads: s.agent.greeting.Offloads, Processes: describe(daemons()),
+		MTU: s.agents[0].greeting.MTU, Offloads: s.agents[0].greeting.Offloads, Processes: describe(daemons()),
 	}
 	report := func(row Row, vs []value) error {
 		for _, v := range vs {
@@ -198,7 +219,11 @@ func (r *runner) contend(sc string, round int, e entrant, base map[string]float6
 	if err != nil {
 		return absent("rss", err)
 	}
-	return report(row, []value{{"rss", float64(now) / (1 << 20), "MiB"}, {"rss peak", float64(peak) / (1 << 20), "MiB"}})
+	vs := []value{{"rss", float64(now) / (1 << 20), "MiB"}, {"rss peak", float64(peak) / (1 << 20), "MiB"}}
+	if sc == scenarioPublish {
+		vs = append(vs, value{"start", took.Seconds(), "s"})
+	}
+	return report(row, vs)
 }
 
 // noise is what else happened on the machine, as shares of its time.
@@ -229,7 +254,13 @@ func (r *runner) measureOnce(s *site, m measurement, step Step) (vs []value, not
 		return nil, "", n, err
 	}
 	all0, own0 := allTicks(), ticksOf(ds)
-	rep, err := s.agent.do(m, r.cfg.Time)
+	var memory0 int64
+	if m.held {
+		if memory0, _, err = memoryOf(ds); err != nil {
+			return nil, "", n, err
+		}
+	}
+	rep, err := s.agents.do(m, r.cfg.Time)
 	if err != nil && rep.Result.Bytes > 0 {
 		note, err = err.Error(), nil
 	}
@@ -247,7 +278,14 @@ func (r *runner) measureOnce(s *site, m measurement, step Step) (vs []value, not
 	if vs, err = m.values(rep.Result); err != nil {
 		return nil, "", n, err
 	}
-	if gb := float64(rep.Result.Bytes) / 1e9; m.kind == "stream" {
+	if m.held && len(ds) > 0 {
+		memory, _, err := memoryOf(ds)
+		if err != nil {
+			return nil, "", n, err
+		}
+		vs = append(vs, value{m.name + " memory", (float64(memory) - float64(memory0)) / 1024 / float64(rep.Result.Ops), "KiB each"})
+	}
+	if gb := float64(rep.Result.Bytes) / 1e9; m.kind == "stream" || m.kind == iperfKind {
 		if len(ds) > 0 {
 			vs = append(vs, value{m.name + " cpu", float64(own1-own0) / ticksPerSecond / gb, "s/GB"})
 		}

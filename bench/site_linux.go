@@ -1,19 +1,16 @@
 package bench
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -25,23 +22,34 @@ const (
 	clientAddr  = "198.18.1.2"
 	nearAddr    = "198.18.2.1"
 	farAddr     = "198.18.2.2"
+
+	// RFC 5180's.
+	serverAddr6  = "2001:2::1"
+	uplinkAddr6  = "2001:2::2"
+	gatewayAddr6 = "2001:2:0:1::1"
+	clientAddr6  = "2001:2:0:1::2"
 )
 
 // site is the topology of one contender in one round, and every process in it.
 type site struct {
 	dir    string // for sockets
 	paths  map[string]string
+	iperf  string // the program, where it is to be used
+	under  condition
 	target string // of the agent's measurements
 
 	host, client, server space
+	peer                 space // the other host, in scenario tunnel
 	opened               []space
 	cmds                 []*exec.Cmd
 	logs                 tail
-	agent                *agentConn
+	agents               agentGroup // one of each pair
 	held                 []*os.File // to keep open until the end
 }
 
-func newSite(dir string, paths map[string]string) *site { return &site{dir: dir, paths: paths} }
+func newSite(dir string, paths map[string]string, under condition) *site {
+	return &site{dir: dir, paths: paths, under: under}
+}
 
 func (s *site) path(program string) string { return s.paths[program] }
 
@@ -53,7 +61,7 @@ func (s *site) space(name string) (space, error) {
 	return sp, err
 }
 
-// open makes the scenario's namespaces; in scenario nat also the way from the host to the far side, and the far side.
+// open makes the scenario's namespaces; in scenarios nat and publish also the way from the host to the machine outside, and in nat the far side there.
 func (s *site) open(scenario string) (err error) {
 	if s.host, err = s.space("host"); err != nil {
 		return err
@@ -64,33 +72,60 @@ func (s *site) open(scenario string) (err error) {
 	if s.client, err = s.space("client"); err != nil {
 		return err
 	}
-	if scenario != scenarioNAT {
+	switch scenario {
+	case scenarioSwitch:
 		return nil
+	case scenarioTunnel:
+		return s.openUnderlay()
 	}
-	if err := veth(s.host, "up0", s.server, "eth0"); err != nil {
+	join := veth
+	if s.under.rtt > 0 {
+		join = func(a space, aName string, b space, bName string) error {
+			return s.longWire(a, aName, b, bName, s.under.rtt)
+		}
+	}
+	if err := join(s.host, "up0", s.server, "eth0"); err != nil {
 		return err
 	}
 	if err := errors.Join(s.host.addr("up0", uplinkAddr+"/24"), s.server.addr("eth0", serverAddr+"/24")); err != nil {
 		return err
 	}
-	if err := s.host.defaultRoute("up0", serverAddr); err != nil {
+	if err := s.host.defaultRoute("up0", serverAddr); err != nil || scenario == scenarioPublish {
 		return err
 	}
-	return s.serve(serverAddr)
+	if !s.under.v6 {
+		return s.serve(s.server, false, serverAddr)
+	}
+	if err := errors.Join(s.host.addr("up0", uplinkAddr6+"/64"), s.server.addr("eth0", serverAddr6+"/64"), s.host.defaultRoute("up0", serverAddr6)); err != nil {
+		return err
+	}
+	return s.serve(s.server, false, serverAddr6)
 }
 
-// serve starts the far side in its namespace and waits until it listens.
-func (s *site) serve(addr string) error {
+// serve starts the far side in sp and waits until it listens. It is started by the command line before, if there is one.
+func (s *site) serve(sp space, ordinary bool, addr string, before ...string) error {
 	s.target = net.JoinHostPort(addr, loadPort)
+	return s.serveSpec(sp, ordinary, serveSpec{Listen: s.target, sideSpec: s.side()}, before...)
+}
+
+func (s *site) serveSpec(sp space, ordinary bool, spec serveSpec, before ...string) error {
+	arg, err := argument(spec)
+	if err != nil {
+		return err
+	}
+	return s.far(sp, ordinary, append(before, role(roleServe, arg)...))
+}
+
+// far starts the far side by a command line in sp and waits until it listens.
+func (s *site) far(sp space, ordinary bool, line []string) error {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer r.Close()
-	line := role(roleServe, s.target)
 	cmd := exec.Command(line[0], line[1:]...)
 	cmd.Stdout = w
-	err = s.launch(s.server, cmd, false)
+	err = s.launch(sp, cmd, ordinary)
 	w.Close()
 	if err != nil {
 		return err
@@ -120,6 +155,9 @@ func (s *site) launch(sp space, cmd *exec.Cmd, ordinary bool) error {
 	return nil
 }
 
+// lastWords is how long after the end of an agent's output the reason may still be on its way, on standard error.
+const lastWords = 500 * time.Millisecond
+
 // launchAgent starts cmd, whose standard input and output come to be an agent's, and waits until the agent has reached its target.
 func (s *site) launchAgent(sp space, ordinary bool, line ...string) error {
 	inR, inW, err := os.Pipe()
@@ -133,7 +171,8 @@ func (s *site) launchAgent(sp space, ordinary bool, line ...string) error {
 		return err
 	}
 	defer outW.Close()
-	s.agent = &agentConn{in: inW, out: outR, dec: json.NewDecoder(outR)}
+	agent := newAgentConn(inW, outR)
+	s.agents = append(s.agents, agent)
 	cmd := exec.Command(line[0], line[1:]...)
 	cmd.Stdin, cmd.Stdout = inR, outW
 	if err := s.launch(sp, cmd, ordinary); err != nil {
@@ -141,30 +180,45 @@ func (s *site) launchAgent(sp space, ordinary bool, line ...string) error {
 	}
 	inR.Close()
 	outW.Close()
-	_ = outR.SetReadDeadline(time.Now().Add(reachTime + 5*time.Second)) // a pipe can
-	if err := s.agent.dec.Decode(&s.agent.greeting); err != nil {
-		return s.why(fmt.Errorf("no agent: %w", err))
-	}
-	if f := s.agent.greeting.Failed; f != "" {
-		return s.why(errors.New(f))
+	if err := agent.greet(); err != nil {
+		time.Sleep(lastWords)
+		return s.why(err)
 	}
 	return nil
 }
 
+// side is what both sides are told.
+func (s *site) side() sideSpec { return sideSpec{NoGSO: s.under.noGSO, Iperf: s.iperf} }
+
+// agentSpec is what the agent of the present target is told.
+func (s *site) agentSpec() agentSpec {
+	return agentSpec{Target: s.target, sideSpec: s.side()}
+}
+
+// agentRole is the command line of the agent of the present target.
+func (s *site) agentRole() ([]string, error) {
+	arg, err := argument(s.agentSpec())
+	return role(roleAgent, arg), err
+}
+
 func (s *site) startAgent(sp space) error {
-	spec, err := json.Marshal(agentSpec{Target: s.target})
+	line, err := s.agentRole()
 	if err != nil {
 		return err
 	}
-	return s.launchAgent(sp, false, role(roleAgent, string(spec))...)
+	return s.launchAgent(sp, false, line...)
 }
 
 func (s *site) startUser(a agentSpec, daemon ...string) error {
-	spec, err := json.Marshal(userSpec{Agent: a, Daemon: daemon})
+	inside, err := argument(a)
 	if err != nil {
 		return err
 	}
-	return s.launchAgent(s.host, true, role(roleUser, string(spec))...)
+	spec, err := argument(userSpec{Inside: role(roleAgent, inside), Daemon: daemon})
+	if err != nil {
+		return err
+	}
+	return s.launchAgent(s.host, true, role(roleUser, spec)...)
 }
 
 // why adds to err what the processes last wrote to standard error.
@@ -177,9 +231,8 @@ func (s *site) why(err error) error {
 
 // close ends every process but this one, which must be the PID namespace's first, and gives the namespaces back.
 func (s *site) close() {
-	if s.agent != nil {
-		s.agent.in.Close()
-		s.agent.out.Close()
+	for _, a := range s.agents {
+		a.close()
 	}
 	_ = unix.Kill(-1, unix.SIGKILL) // none is as good
 	for _, c := range s.cmds {
@@ -210,15 +263,15 @@ func daemons() (pids []int) {
 	return pids
 }
 
-// ours reports whether a command line is the generator's, or the one that starts a contender. The role node is patchbay itself.
+// ours reports whether a command line is a generator's, or the one that starts a contender. The role node is patchbay itself.
 func ours(a []string) bool {
-	return len(a) > 3 && a[1] == "bench" && a[2] == "inner" && slices.Contains([]string{roleServe, roleAgent, roleUser}, a[3])
+	return isIperf(a) || len(a) > 3 && a[1] == "bench" && a[2] == "inner" && slices.Contains([]string{roleServe, roleAgent, roleUser, roleWire}, a[3])
 }
 
 // far is the process id of the far side, or 0.
 func far() int {
 	for p := range processes() {
-		if a := argv(p); ours(a) && a[3] == roleServe {
+		if a := argv(p); ours(a) && !isIperf(a) && a[3] == roleServe {
 			return p
 		}
 	}
@@ -240,32 +293,6 @@ func describe(pids []int) (out []Process) {
 		out = append(out, Process{Exe: exe, Argv: a})
 	}
 	return out
-}
-
-// agentConn is the scenario's end of an agent.
-type agentConn struct {
-	in, out  *os.File
-	dec      *json.Decoder
-	greeting greeting
-}
-
-// do has the agent take a measurement, which takes its duration and at most a minute more. Along with an error there may be a result, of
-// what worked.
-func (a *agentConn) do(m measurement, d time.Duration) (reply, error) {
-	cfg := m.cfg
-	cfg.Duration = d
-	_ = a.out.SetReadDeadline(time.Now().Add(d + time.Minute)) // a pipe can
-	if err := json.NewEncoder(a.in).Encode(request{Kind: m.kind, Config: cfg}); err != nil {
-		return reply{}, err
-	}
-	var r reply
-	if err := a.dec.Decode(&r); err != nil {
-		return r, fmt.Errorf("the agent does not answer: %w", err)
-	}
-	if r.Failed != "" {
-		return r, errors.New(r.Failed)
-	}
-	return r, nil
 }
 
 // tail keeps the end of what was written to it. It is safe for concurrent use.
@@ -296,130 +323,4 @@ func (t *tail) String() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return strings.ToValidUTF8(strings.Join(strings.FieldsFunc(string(t.b), func(r rune) bool { return r == '\n' }), "; "), "")
-}
-
-// The contenders, scenario nat first.
-
-// masquerade is the baseline: the client on a veth, the host forwards and masquerades.
-func (s *site) masquerade() error {
-	if err := veth(s.client, "eth0", s.host, "down0"); err != nil {
-		return err
-	}
-	if err := errors.Join(s.client.addr("eth0", clientAddr+"/24"), s.host.addr("down0", gatewayAddr+"/24")); err != nil {
-		return err
-	}
-	if err := s.client.defaultRoute("eth0", gatewayAddr); err != nil {
-		return err
-	}
-	if err := s.host.Do(func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0) }); err != nil {
-		return err
-	}
-	const rules = "table ip bench {\nchain post {\ntype nat hook postrouting priority 100;\noifname \"up0\" masquerade\n}\n}\n"
-	if err := s.host.run(rules, s.path("nft"), "-f", "-"); err != nil {
-		return err
-	}
-	return s.startAgent(s.client)
-}
-
-func (s *site) patchbayRun() error {
-	spec, err := json.Marshal(agentSpec{Target: s.target})
-	if err != nil {
-		return err
-	}
-	return s.launchAgent(s.host, true, append([]string{self, "run", "--"}, role(roleAgent, string(spec))...)...)
-}
-
-func (s *site) gvproxy() error {
-	sock := "unix://" + filepath.Join(s.dir, "gv.sock")
-	// gvforwarder's -mtu is the size of its buffer, which takes the Ethernet header too.
-	return s.startUser(agentSpec{
-		Target:  s.target,
-		TAP:     &tapSpec{Name: "tap0", MAC: "5a:94:ef:e4:0c:ee", Addr: "192.168.127.2/24", Gateway: "192.168.127.1", MTU: 1500},
-		Program: []string{s.path("gvforwarder"), "-url", sock, "-iface", "tap0", "-preexisting", "-mtu", "4000"},
-	}, s.path("gvproxy"), "-listen", sock, "-mtu", "1500", "-ssh-port", "-1")
-}
-
-// kernelBridge is the baseline of scenario switch: two veth pairs on a bridge.
-func (s *site) kernelBridge() error {
-	if err := errors.Join(veth(s.client, "eth0", s.host, "p0"), veth(s.server, "eth0", s.host, "p1")); err != nil {
-		return err
-	}
-	if err := s.host.bridge("br0", "p0", "p1"); err != nil {
-		return err
-	}
-	return s.joined("eth0", "eth0")
-}
-
-// joined addresses the two sides of a segment and starts the far side and the agent.
-func (s *site) joined(near, far string) error {
-	if err := errors.Join(s.client.addr(near, nearAddr+"/24"), s.server.addr(far, farAddr+"/24")); err != nil {
-		return err
-	}
-	if err := s.serve(farAddr); err != nil {
-		return err
-	}
-	return s.startAgent(s.client)
-}
-
-func (s *site) patchbayNode() error { return s.launchAgent(s.host, true, role(roleNode)...) }
-
-// vde is vde_switch with two TAPs that it makes in the host's namespace; each then moves to its side.
-func (s *site) vde() error {
-	// Its console is standard input, whose end would be its own.
-	console, keep, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer console.Close()
-	cmd := exec.Command(s.path("vde_switch"), "-s", filepath.Join(s.dir, "vde"), "-t", "vt0", "-t", "vt1")
-	cmd.Stdin = console
-	if err := s.launch(s.host, cmd, false); err != nil {
-		keep.Close()
-		return err
-	}
-	s.held = append(s.held, keep)
-	return s.joinedByTAPs("vt0", "vt1")
-}
-
-// joinedByTAPs moves two TAPs that a daemon makes in the host's namespace each to its side, and goes on as joined does.
-func (s *site) joinedByTAPs(near, far string) error {
-	for name, sp := range map[string]space{near: s.client, far: s.server} {
-		deadline := time.Now().Add(reachTime)
-		for s.host.link(name, func(netlink.Link) error { return nil }) != nil {
-			if time.Now().After(deadline) {
-				return s.why(fmt.Errorf("nobody makes %s", name))
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-		if err := errors.Join(s.host.give(name, sp), sp.up(name)); err != nil {
-			return err
-		}
-	}
-	return s.joined(near, far)
-}
-
-// openvswitch is Open vSwitch with its userspace datapath, whose internal ports are TAPs.
-func (s *site) openvswitch() error {
-	db, remote := filepath.Join(s.dir, "conf.db"), "unix:"+filepath.Join(s.dir, "db.sock")
-	if err := s.host.run("", s.path("ovsdb-tool"), "create", db, "/usr/share/openvswitch/vswitch.ovsschema"); err != nil {
-		return err
-	}
-	env := append(os.Environ(), "OVS_RUNDIR="+s.dir, "OVS_LOGDIR="+s.dir, "OVS_DBDIR="+s.dir)
-	for _, line := range [][]string{
-		{s.path("ovsdb-server"), db, "--remote=p" + remote, "--unixctl=" + filepath.Join(s.dir, "ovsdb.ctl")},
-		{s.path("ovs-vswitchd"), remote, "--disable-system", "--unixctl=" + filepath.Join(s.dir, "vswitchd.ctl")},
-	} {
-		cmd := exec.Command(line[0], line[1:]...)
-		cmd.Env = env
-		if err := s.launch(s.host, cmd, false); err != nil {
-			return err
-		}
-	}
-	// One transaction, in which ovs-vsctl waits for the database and then for the daemon.
-	if err := s.host.run("", s.path("ovs-vsctl"), "--db="+remote, "--retry", "--timeout=10", "add-br", "br0", "--", "set", "bridge", "br0", "datapath_type=netdev",
-		"--", "add-port", "br0", "ov0", "--", "set", "interface", "ov0", "type=internal",
-		"--", "add-port", "br0", "ov1", "--", "set", "interface", "ov1", "type=internal"); err != nil {
-		return s.why(err)
-	}
-	return s.joinedByTAPs("ov0", "ov1")
 }

@@ -103,6 +103,9 @@ func (s space) addr(name, prefix string) error {
 	if err != nil {
 		return err
 	}
+	if a.IP.To4() == nil {
+		a.Flags |= unix.IFA_F_NODAD // nobody else is there
+	}
 	return s.link(name, func(l netlink.Link) error { return netlink.AddrAdd(l, a) })
 }
 

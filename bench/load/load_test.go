@@ -63,6 +63,25 @@ func TestEveryMeasurementOverLoopback(t *testing.T) {
 	}
 }
 
+func TestHold(t *testing.T) {
+	addr := startServer(t)
+	for range 2 {
+		r, letGo, err := Hold(t.Context(), Config{Addr: addr, Count: 300, Streams: 4})
+		if err != nil || r.Ops != 300 || r.Errors != 0 || r.P50 == 0 {
+			t.Fatalf("%+v, %v", r, err)
+		}
+		if rr, err := RequestResponse(t.Context(), Config{Addr: addr, Count: 10}); err != nil || rr.Ops != 10 {
+			t.Errorf("beside them: %+v, %v", rr, err)
+		}
+		if err := letGo(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, _, err := Hold(t.Context(), Config{Addr: "127.0.0.1:port", Count: 1}); err == nil {
+		t.Error("no such port")
+	}
+}
+
 func TestFailedConnectionsAreCounted(t *testing.T) {
 	// Port 1 of loopback has no listener here.
 	r, err := ConnectRequestClose(t.Context(), Config{Addr: "127.0.0.1:1", Count: 3})

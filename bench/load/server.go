@@ -28,6 +28,7 @@ type Server struct {
 	mu    sync.Mutex
 	conns map[int]struct{} // descriptors in use, so that the end can wake their readers
 	sinks map[int64]*sinkCount
+	held  []int // descriptors of Hold
 	done  bool
 	wg    sync.WaitGroup
 }
@@ -116,6 +117,7 @@ func (s *Server) Serve(ctx context.Context) error {
 	}
 	_ = unix.Shutdown(u.fd, unix.SHUT_RDWR)
 	s.wg.Wait()
+	s.letGo()
 	for _, fd := range fds {
 		unix.Close(fd)
 	}
@@ -171,6 +173,16 @@ func (s *Server) short(c blockingSocket) bool {
 	case opSource:
 		s.wg.Go(func() { defer s.leave(c.fd); source(c) })
 		return false
+	case opHold:
+		s.mu.Lock()
+		s.held = append(s.held, c.fd)
+		s.mu.Unlock()
+		_, _ = c.Write(b[:1]) // the client that is gone is let go with the others
+		return false
+	case opLetGo:
+		s.letGo()
+		_, _ = c.Write(b[:1]) // likewise
+		return true
 	case opSink, opSunk:
 		s.wg.Go(func() { defer s.leave(c.fd); s.sink(c, b[0], b[1:n]) })
 		return false
@@ -188,6 +200,17 @@ func (s *Server) short(c blockingSocket) bool {
 		return false
 	}
 	return true
+}
+
+// letGo closes what clients have had held.
+func (s *Server) letGo() {
+	s.mu.Lock()
+	held := s.held
+	s.held = nil
+	s.mu.Unlock()
+	for _, fd := range held {
+		s.leave(fd)
+	}
 }
 
 func source(c blockingSocket) {

@@ -20,6 +20,8 @@ const (
 	opSunk   byte = 'N' // an id of 8 bytes; the server answers how many bytes came to that sink so far, and for how many nanoseconds
 	opSource byte = 'D' // the server sends until the client closes
 	opEcho   byte = 'E' // the server answers each read with the same bytes
+	opHold   byte = 'H' // the server answers this byte and keeps the connection
+	opLetGo  byte = 'L' // the server closes what it keeps, and answers this byte
 )
 
 // ioTimeout ends a receive that nobody answers.

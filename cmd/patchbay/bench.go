@@ -20,13 +20,13 @@ func benchCommand() *cli.Command {
 	return &cli.Command{
 		Name:         "bench",
 		Usage:        "measure against the kernel and the peers, side by side, on this machine",
-		UsageText:    "patchbay bench [OPTION...] [switch|nat|all]\n\nExample:\n   patchbay bench nat --peers patchbay,pasta --rounds 1 --time 2s",
+		UsageText:    "patchbay bench [OPTION...] [switch|nat|publish|tunnel|scale|all]\n\nA scenario is measured in all its variants; " + strings.Join(bench.Variants(), ", ") + " name one of them.\n\nExample:\n   patchbay bench nat --peers patchbay,pasta --rounds 1 --time 2s\n   patchbay bench nat@rtt10",
 		OnUsageError: usageError,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "peers", Usage: "`LIST` of names, auto, or all (with variants such as pasta@65520); the kernel is always measured", Value: "auto"},
+			&cli.StringFlag{Name: "peers", Usage: "`LIST` of names such as pasta or pasta@65520, or auto for all of them; the kernel is always measured", Value: "auto"},
 			&cli.IntFlag{Name: "rounds", Usage: "measure every contender `N` times, in turn", Value: 3},
 			&cli.DurationFlag{Name: "time", Usage: "how `LONG` each measurement takes", Value: 5 * time.Second},
-			&cli.StringFlag{Name: "report", Usage: "write rows as JSON lines, and the report as Markdown, into `DIR`"},
+			&cli.StringFlag{Name: "report", Usage: "write rows as JSON lines, and the report as Markdown and as one HTML page with plots, into `DIR`"},
 		},
 		Action: func(c *cli.Context) error {
 			if err := runBench(c); err != nil {
