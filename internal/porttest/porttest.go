@@ -510,11 +510,15 @@ func checkAllocs(h *Harness) error {
 		return nil
 	}
 	fs, _, _ := h.everything(1100)
-	for range 200 {
-		h.Port.Transmit(fs) // grows scratch, and fills what the far end keeps
+	// The first calls grow scratch and fill what the far end keeps, which may lag behind: so there is more than one try. What allocates in the steady state does so in each.
+	var n float64
+	for end := time.Now().Add(h.Patience); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		for range 200 {
+			h.Port.Transmit(fs)
+		}
+		if n = testing.AllocsPerRun(100, func() { h.Port.Transmit(fs) }); n == 0 {
+			return nil
+		}
 	}
-	if n := testing.AllocsPerRun(100, func() { h.Port.Transmit(fs) }); n != 0 {
-		return fmt.Errorf("Transmit of %d frames of all kinds makes %v allocations", len(fs), n)
-	}
-	return nil
+	return fmt.Errorf("Transmit of %d frames of all kinds makes %v allocations", len(fs), n)
 }
