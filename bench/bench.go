@@ -159,8 +159,12 @@ func Run(ctx context.Context, cfg Config) (res Results, err error) {
 // inside starts the process in the namespaces and passes its events on until it has ended; then it closes events.
 func inside(ctx context.Context, cfg Config, dir string, events chan<- event) error {
 	defer close(events)
-	runtime.LockOSThread() // Pdeathsig means the thread
-	defer runtime.UnlockOSThread()
+	runtime.LockOSThread() // Pdeathsig means the thread, which ends with this goroutine, as makeTenant wants it
+	uids, gids, err := makeTenant(dir)
+	everyID := err == nil
+	if !everyID { // a contender that needs the tenant says so
+		uids, gids = []syscall.SysProcIDMap{{HostID: os.Geteuid(), Size: 1}}, []syscall.SysProcIDMap{{HostID: os.Getegid(), Size: 1}}
+	}
 	arg, err := json.Marshal(innerConfig{Variants: cfg.variants(), Peers: cfg.Peers, Rounds: cfg.Rounds, Time: cfg.Time, Commit: cfg.Commit, Dir: dir})
 	if err != nil {
 		return err
@@ -176,10 +180,13 @@ func inside(ctx context.Context, cfg Config, dir string, events chan<- event) er
 	cmd.ExtraFiles = []*os.File{w} // eventFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC,
-		UidMappings: []syscall.SysProcIDMap{{HostID: os.Geteuid(), Size: 1}},
-		GidMappings: []syscall.SysProcIDMap{{HostID: os.Getegid(), Size: 1}},
+		UidMappings: uids,
+		GidMappings: gids,
 		Pdeathsig:   syscall.SIGKILL,
-		Setpgid:     true, // an interrupt from the terminal is for Run, which ends the others
+
+		GidMappingsEnableSetgroups: everyID,
+
+		Setpgid: true, // an interrupt from the terminal is for Run, which ends the others
 	}
 	err = cmd.Start()
 	w.Close()

@@ -45,7 +45,7 @@ func Inner(ctx context.Context, args []string) error {
 	case roleAgent:
 		err = agent(ctx, args)
 	case roleUser:
-		err = user(ctx, args)
+		err = userNamespace(ctx, args)
 	case roleNode:
 		err = pairsOfContainers(ctx, args)
 	case roleWire:

@@ -49,7 +49,7 @@ func (s *site) patchbayRun(mtu int) error {
 	if err != nil {
 		return err
 	}
-	return s.launchAgent(s.host, true, append([]string{self, "run", "--mtu", strconv.Itoa(mtu), "--"}, agent...)...)
+	return s.launchAgent(s.host, asOrdinary, append([]string{self, "run", "--mtu", strconv.Itoa(mtu), "--"}, agent...)...)
 }
 
 func (s *site) gvproxy() error {

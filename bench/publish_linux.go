@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"path/filepath"
 	"time"
 )
@@ -33,7 +32,7 @@ func serveAnywhere() []string {
 
 // published starts the far side by line, on the host, and then the agent outside.
 func (s *site) published(line []string) error {
-	if err := s.far(s.host, true, line); err != nil {
+	if err := s.far(s.host, asOrdinary, line); err != nil {
 		return err
 	}
 	return s.callFrom(s.server)
@@ -51,7 +50,7 @@ func (s *site) dnat() error {
 	if err := s.forwarding(rules); err != nil {
 		return err
 	}
-	if err := s.serveSpec(s.client, false, anywhere); err != nil {
+	if err := s.serveSpec(s.client, asRoot, anywhere); err != nil {
 		return err
 	}
 	return s.callFrom(s.server)
@@ -145,13 +144,16 @@ func slirpForward(socket string, ports []int) error {
 
 // rootlesskit is its builtin port driver beside slirp4netns.
 func (s *site) rootlesskit() error {
-	run := filepath.Join(s.dir, "rk")
-	if err := os.Mkdir(run, 0o700); err != nil {
+	bin, err := s.tenantBin()
+	if err != nil {
 		return err
 	}
 	line := []string{
-		s.path("rootlesskit"), "--state-dir", filepath.Join(run, "state"), "--net=slirp4netns", "--mtu=1500", "--disable-host-loopback", "--port-driver=builtin", "--copy-up=/etc",
-		"-p", "0.0.0.0:" + loadPort + ":" + loadPort + "/tcp", "-p", "0.0.0.0:" + loadPort + ":" + loadPort + "/udp",
+		s.path("rootlesskit"), "--net=slirp4netns", "--mtu=1500", "--disable-host-loopback", "--port-driver=builtin",
+		"-p", "0.0.0.0:" + loadPort + ":" + loadPort + "/tcp", "-p", "0.0.0.0:" + loadPort + ":" + loadPort + "/udp", bin,
 	}
-	return s.published(append(line, serveAnywhere()...))
+	if err := s.far(s.host, asTenant, append(line, serveAnywhere()[1:]...)); err != nil {
+		return err
+	}
+	return s.callFrom(s.server)
 }

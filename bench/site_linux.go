@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -94,30 +95,30 @@ func (s *site) open(scenario string) (err error) {
 		return err
 	}
 	if !s.under.v6 {
-		return s.serve(s.server, false, serverAddr)
+		return s.serve(s.server, asRoot, serverAddr)
 	}
 	if err := errors.Join(s.host.addr("up0", uplinkAddr6+"/64"), s.server.addr("eth0", serverAddr6+"/64"), s.host.defaultRoute("up0", serverAddr6)); err != nil {
 		return err
 	}
-	return s.serve(s.server, false, serverAddr6)
+	return s.serve(s.server, asRoot, serverAddr6)
 }
 
 // serve starts the far side in sp and waits until it listens. It is started by the command line before, if there is one.
-func (s *site) serve(sp space, ordinary bool, addr string, before ...string) error {
+func (s *site) serve(sp space, as user, addr string, before ...string) error {
 	s.target = net.JoinHostPort(addr, loadPort)
-	return s.serveSpec(sp, ordinary, serveSpec{Listen: s.target, sideSpec: s.side()}, before...)
+	return s.serveSpec(sp, as, serveSpec{Listen: s.target, sideSpec: s.side()}, before...)
 }
 
-func (s *site) serveSpec(sp space, ordinary bool, spec serveSpec, before ...string) error {
+func (s *site) serveSpec(sp space, as user, spec serveSpec, before ...string) error {
 	arg, err := argument(spec)
 	if err != nil {
 		return err
 	}
-	return s.far(sp, ordinary, append(before, role(roleServe, arg)...))
+	return s.far(sp, as, append(before, role(roleServe, arg)...))
 }
 
 // far starts the far side by a command line in sp and waits until it listens.
-func (s *site) far(sp space, ordinary bool, line []string) error {
+func (s *site) far(sp space, as user, line []string) error {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
@@ -125,7 +126,7 @@ func (s *site) far(sp space, ordinary bool, line []string) error {
 	defer r.Close()
 	cmd := exec.Command(line[0], line[1:]...)
 	cmd.Stdout = w
-	err = s.launch(sp, cmd, ordinary)
+	err = s.launch(sp, cmd, as)
 	w.Close()
 	if err != nil {
 		return err
@@ -138,17 +139,31 @@ func (s *site) far(sp space, ordinary bool, line []string) error {
 	return nil
 }
 
-// launch starts cmd in sp, as an ordinary user or as the namespaces' root.
-func (s *site) launch(sp space, cmd *exec.Cmd, ordinary bool) error {
+// user is whom a process runs as.
+type user int
+
+const (
+	asRoot     user = iota // of the bench's namespaces
+	asOrdinary             // without capabilities over them, yet able to make user namespaces
+	asTenant               // the same, with a user id and subordinate ones that are real ones on the machine; see makeTenant
+)
+
+// launch starts cmd in sp.
+func (s *site) launch(sp space, cmd *exec.Cmd, as user) error {
 	if cmd.Stderr == nil {
 		cmd.Stderr = &s.logs
 	}
 	cmd.WaitDelay = time.Second // whoever else has its standard error is killed too
-	start := sp.start
-	if ordinary {
-		start = sp.startOrdinary
+	var err error
+	switch as {
+	case asRoot:
+		err = sp.start(cmd)
+	case asOrdinary:
+		err = sp.startOrdinary(cmd)
+	case asTenant:
+		err = sp.startTenant(cmd, filepath.Join(s.dir, "tenant"))
 	}
-	if err := start(cmd); err != nil {
+	if err != nil {
 		return err
 	}
 	s.cmds = append(s.cmds, cmd)
@@ -159,7 +174,7 @@ func (s *site) launch(sp space, cmd *exec.Cmd, ordinary bool) error {
 const lastWords = 500 * time.Millisecond
 
 // launchAgent starts cmd, whose standard input and output come to be an agent's, and waits until the agent has reached its target.
-func (s *site) launchAgent(sp space, ordinary bool, line ...string) error {
+func (s *site) launchAgent(sp space, as user, line ...string) error {
 	inR, inW, err := os.Pipe()
 	if err != nil {
 		return err
@@ -175,7 +190,7 @@ func (s *site) launchAgent(sp space, ordinary bool, line ...string) error {
 	s.agents = append(s.agents, agent)
 	cmd := exec.Command(line[0], line[1:]...)
 	cmd.Stdin, cmd.Stdout = inR, outW
-	if err := s.launch(sp, cmd, ordinary); err != nil {
+	if err := s.launch(sp, cmd, as); err != nil {
 		return err
 	}
 	inR.Close()
@@ -206,7 +221,7 @@ func (s *site) startAgent(sp space) error {
 	if err != nil {
 		return err
 	}
-	return s.launchAgent(sp, false, line...)
+	return s.launchAgent(sp, asRoot, line...)
 }
 
 func (s *site) startUser(a agentSpec, daemon ...string) error {
@@ -218,7 +233,7 @@ func (s *site) startUser(a agentSpec, daemon ...string) error {
 	if err != nil {
 		return err
 	}
-	return s.launchAgent(s.host, true, role(roleUser, spec)...)
+	return s.launchAgent(s.host, asOrdinary, role(roleUser, spec)...)
 }
 
 // why adds to err what the processes last wrote to standard error.

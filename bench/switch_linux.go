@@ -48,7 +48,7 @@ func (s *site) join(ps ...pair) error {
 		if err := errors.Join(p.client.addr(p.near, p.nearAddr+"/24"), p.server.addr(p.far, p.farAddr+"/24")); err != nil {
 			return err
 		}
-		if err := s.serve(p.server, false, p.farAddr); err != nil {
+		if err := s.serve(p.server, asRoot, p.farAddr); err != nil {
 			return err
 		}
 		if err := s.startAgent(p.client); err != nil {
@@ -110,7 +110,7 @@ func (s *site) patchbayNode() error {
 	if err != nil {
 		return err
 	}
-	return s.launchAgent(s.host, true, role(roleNode, arg)...)
+	return s.launchAgent(s.host, asOrdinary, role(roleNode, arg)...)
 }
 
 // patchbaySwitch is our switch without a node, which would not let a container speak for other MACs, nor so many.
@@ -148,7 +148,7 @@ func (s *site) vdeSwitch(sp space, args ...string) error {
 	defer console.Close()
 	cmd := exec.Command(s.path("vde_switch"), args...)
 	cmd.Stdin = console
-	if err := s.launch(sp, cmd, false); err != nil {
+	if err := s.launch(sp, cmd, asRoot); err != nil {
 		keep.Close()
 		return err
 	}
@@ -163,7 +163,7 @@ func (s *site) gvproxySwitch() error {
 	}
 	sock := "unix://" + filepath.Join(s.dir, "gv.sock")
 	line := s.gvproxyLine(sock)
-	if err := s.launch(s.host, exec.Command(line[0], line[1:]...), false); err != nil {
+	if err := s.launch(s.host, exec.Command(line[0], line[1:]...), asRoot); err != nil {
 		return err
 	}
 	if err := s.awaitFile(filepath.Join(s.dir, "gv.sock")); err != nil {
@@ -171,14 +171,14 @@ func (s *site) gvproxySwitch() error {
 	}
 	const near, far = "192.168.127.2", "192.168.127.3"
 	s.target = net.JoinHostPort(far, loadPort)
-	if err := s.serveSpec(s.server, false, serveSpec{Listen: s.target, sideSpec: s.gvforwarder(sock, "5a:94:ef:e4:0c:ef", far+"/24")}); err != nil {
+	if err := s.serveSpec(s.server, asRoot, serveSpec{Listen: s.target, sideSpec: s.gvforwarder(sock, "5a:94:ef:e4:0c:ef", far+"/24")}); err != nil {
 		return err
 	}
 	agent, err := argument(agentSpec{Target: s.target, sideSpec: s.gvforwarder(sock, "5a:94:ef:e4:0c:ee", near+"/24")})
 	if err != nil {
 		return err
 	}
-	return s.launchAgent(s.client, false, role(roleAgent, agent)...)
+	return s.launchAgent(s.client, asRoot, role(roleAgent, agent)...)
 }
 
 // take moves a device that a daemon makes in from, when it has come, to the namespace to, and sets it up.
@@ -239,7 +239,7 @@ func (s *site) vswitchd(sp space, dir string, transaction ...string) error {
 	} {
 		cmd := exec.Command(line[0], line[1:]...)
 		cmd.Env = env
-		if err := s.launch(sp, cmd, false); err != nil {
+		if err := s.launch(sp, cmd, asRoot); err != nil {
 			return err
 		}
 	}

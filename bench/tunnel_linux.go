@@ -103,7 +103,7 @@ func (s *site) onDevices(mtu int, name func(end) string) error {
 			return err
 		}
 	}
-	if err := s.serve(s.peer, false, farAddr); err != nil {
+	if err := s.serve(s.peer, asRoot, farAddr); err != nil {
 		return err
 	}
 	return s.startAgent(s.host)
@@ -164,7 +164,7 @@ func (s *site) patchbayTunnel(options ...string) error {
 			daemon = append(daemon, "--psk-file", psk)
 		}
 		cmd := exec.Command(daemon[0], daemon[1:]...)
-		if err := s.launch(e.host, cmd, true); err != nil {
+		if err := s.launch(e.host, cmd, asOrdinary); err != nil {
 			return err
 		}
 		lines := [][]string{
@@ -181,14 +181,14 @@ func (s *site) patchbayTunnel(options ...string) error {
 		}
 	}
 	ends := s.ends()
-	if err := s.serve(s.peer, true, farAddr, at(ends[1], "run", "--network", network, "--name", "far", "--ip", farAddr, "--")...); err != nil {
+	if err := s.serve(s.peer, asOrdinary, farAddr, at(ends[1], "run", "--network", network, "--name", "far", "--ip", farAddr, "--")...); err != nil {
 		return err
 	}
 	agent, err := s.agentRole()
 	if err != nil {
 		return err
 	}
-	return s.launchAgent(s.host, true, append(at(ends[0], "run", "--network", network, "--name", "near", "--ip", nearAddr, "--"), agent...)...)
+	return s.launchAgent(s.host, asOrdinary, append(at(ends[0], "run", "--network", network, "--name", "near", "--ip", nearAddr, "--"), agent...)...)
 }
 
 // silentPeers are addresses on the underlay that nobody has.

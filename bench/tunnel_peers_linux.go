@@ -94,7 +94,7 @@ func (s *site) vdeTunnel() error {
 		}
 		cmd := exec.Command(s.path("vde_plug"), dir)
 		cmd.Stdin, cmd.Stdout = conns[i], conns[i]
-		if err := s.launch(e.host, cmd, false); err != nil {
+		if err := s.launch(e.host, cmd, asRoot); err != nil {
 			return err
 		}
 	}
@@ -119,7 +119,7 @@ func (s *site) wireguard() error {
 		dev := "wg-" + e.name
 		cmd := exec.Command(s.path("wireguard"), "-f", dev)
 		cmd.Env = append(os.Environ(), "WG_PROCESS_FOREGROUND=1", "LOG_LEVEL=error")
-		if err := s.launch(e.host, cmd, false); err != nil {
+		if err := s.launch(e.host, cmd, asRoot); err != nil {
 			return err
 		}
 		if err := s.await(e.host, dev); err != nil {
@@ -188,14 +188,14 @@ firewall: {outbound: [{port: any, proto: any, host: any}], inbound: [{port: any,
 		if err := os.WriteFile(path, fmt.Appendf(nil, config, s.dir, e.name, e.otherInner, e.otherOuter, s.underlayMTU()-nebulaTakes), 0o600); err != nil {
 			return err
 		}
-		if err := s.launch(e.host, exec.Command(s.path("nebula"), "-config", path), false); err != nil {
+		if err := s.launch(e.host, exec.Command(s.path("nebula"), "-config", path), asRoot); err != nil {
 			return err
 		}
 		if err := s.await(e.host, "neb-"+e.name); err != nil {
 			return err
 		}
 	}
-	if err := s.serve(s.peer, false, farAddr); err != nil {
+	if err := s.serve(s.peer, asRoot, farAddr); err != nil {
 		return err
 	}
 	return s.startAgent(s.host)

@@ -23,9 +23,9 @@ type userSpec struct {
 
 const placePID = "{PID}"
 
-// user is an ordinary user who makes a network namespace and then lets a daemon give it a network. What runs in it has this process's standard
+// userNamespace is an ordinary user who makes a network namespace and then lets a daemon give it a network. What runs in it has this process's standard
 // input and output.
-func user(ctx context.Context, args []string) error {
+func userNamespace(ctx context.Context, args []string) error {
 	if len(args) != 1 {
 		return errors.New("want one argument")
 	}

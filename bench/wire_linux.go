@@ -67,7 +67,7 @@ func (s *site) betweenTAPs(name string, sp space, wait time.Duration, ends [2]ta
 	line := role(name, arg)
 	cmd := exec.Command(line[0], line[1:]...)
 	cmd.ExtraFiles = files
-	return errors.Join(s.launch(sp, cmd, false), ends[0].space.up(ends[0].name), ends[1].space.up(ends[1].name))
+	return errors.Join(s.launch(sp, cmd, asRoot), ends[0].space.up(ends[0].name), ends[1].space.up(ends[1].name))
 }
 
 // openTAPs makes the two devices of a role's argument.

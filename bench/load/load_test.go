@@ -2,10 +2,15 @@ package load
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"net"
+	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func startServer(t *testing.T) string {
@@ -143,5 +148,61 @@ func TestRecorderThinsSamplesEvenly(t *testing.T) {
 	}
 	if want := time.Duration(3 * maxSamples / 2); res.P50 < want*9/10 || res.P50 > want*11/10 {
 		t.Errorf("P50 = %d, want near %d", res.P50, want)
+	}
+}
+
+// A SYN that is lost is sent again a second later, and what was to be measured for less than that is measured all the same.
+func TestRequestResponseSlowConnect(t *testing.T) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := fmt.Sprintf("127.0.0.1:%d", sa.(*unix.SockaddrInet4).Port)
+	first, err := net.Dial("tcp", addr) // fills the queue: the next SYN is dropped
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() {
+		time.Sleep(100 * time.Millisecond)
+		for i := range 2 {
+			s, _, err := unix.Accept(fd)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer unix.Close(s)
+			if i == 0 {
+				continue
+			}
+			b := make([]byte, 64)
+			for skip := 1; ; skip = 0 { // the operation has no answer
+				n, err := unix.Read(s, b)
+				if n <= 0 || err != nil {
+					return
+				}
+				if n > skip {
+					_, _ = unix.Write(s, b[skip:n]) // the client sees it
+				}
+			}
+		}
+	})
+	start := time.Now()
+	r, err := RequestResponse(t.Context(), Config{Addr: addr, Network: "tcp", Duration: 10 * time.Millisecond})
+	if err != nil || r.Ops == 0 || r.Errors != 0 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if took := time.Since(start); took < 500*time.Millisecond || r.Elapsed > took/2 {
+		t.Errorf("the SYN was not lost: connected and measured within %v, of which %v were measuring", took, r.Elapsed)
 	}
 }

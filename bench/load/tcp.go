@@ -138,25 +138,35 @@ func streamOne(ctx context.Context, s blockingSocket, c Config, deadline time.Ti
 	return getInt64(count[:]), nil
 }
 
-// RequestResponse measures round trips of Size bytes, one at a time on each of Streams flows.
+// RequestResponse measures round trips of Size bytes, one at a time on each of Streams flows. Duration begins when all are connected, so there is at least one round trip of each,
+// unless it fails.
 func RequestResponse(ctx context.Context, c Config) (Result, error) {
 	c = c.withDefaults(1)
 	recs := make([]recorder, c.Streams)
-	start := time.Now()
-	deadline := start.Add(c.Duration)
-	var budget atomic.Int64
-	budget.Store(int64(c.Count))
+	socks := make([]blockingSocket, c.Streams)
 	workers(c.Streams, func(i int) {
 		s, err := dial(ctx, c.Network, c.Addr)
+		if err == nil {
+			if err = s.setTimeout(ioTimeout); err != nil {
+				s.Close()
+			}
+		}
 		if err != nil {
 			recs[i].fail(err)
 			return
 		}
-		defer s.Close()
-		if err := s.setTimeout(ioTimeout); err != nil {
-			recs[i].fail(err)
+		socks[i] = s
+	})
+	start := time.Now() // where a SYN can get lost, connecting may take longer than Duration
+	deadline := start.Add(c.Duration)
+	var budget atomic.Int64
+	budget.Store(int64(c.Count))
+	workers(c.Streams, func(i int) {
+		if recs[i].errs > 0 {
 			return
 		}
+		s := socks[i]
+		defer s.Close()
 		req, resp := make([]byte, max(c.Size, 1)), make([]byte, max(c.Size, 64))
 		req[0] = opEcho
 		if c.Network == "tcp" {
