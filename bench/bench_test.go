@@ -47,9 +47,9 @@ func TestOwnProcessIsThere(t *testing.T) {
 	for ticksOf([]int{os.Getpid()}) < p.ticks+3 { // 30 ms of work show
 		_ = bytes.Repeat([]byte{1}, 1<<20)
 	}
-	now, peak, err := memoryOf([]int{os.Getpid()})
-	if err != nil || now < 1<<20 || peak < now || peak > 1<<34 {
-		t.Errorf("memory %d, peak %d, %v", now, peak, err)
+	mem, err := memoryOf([]int{os.Getpid()})
+	if err != nil || mem.rss < 1<<20 || mem.peak < mem.rss || mem.peak > 1<<34 || mem.pss < 1<<19 || mem.pss > mem.peak {
+		t.Errorf("%+v, %v", mem, err)
 	}
 	if a := argv(os.Getpid()); !slices.Equal(a, os.Args) {
 		t.Errorf("argv %q, want %q", a, os.Args)

@@ -121,24 +121,28 @@ func parseMemory(status, key string) (int64, error) {
 	return 0, fmt.Errorf("%s: %w", key, fs.ErrNotExist)
 }
 
-// memoryOf sums the resident memory of pids, now and at its highest.
-func memoryOf(pids []int) (now, peak int64, err error) {
+// memory is what processes hold together, in bytes: resident, now and at its highest, which counts what several share once for each, and proportional, which shares it out.
+type memory struct{ rss, peak, pss int64 }
+
+// memoryOf sums the memory of pids.
+func memoryOf(pids []int) (sum memory, err error) {
 	for _, p := range pids {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p))
-		if err != nil {
-			return 0, 0, err
+		for _, x := range []struct {
+			file, key string
+			to        *int64
+		}{{"status", "VmRSS", &sum.rss}, {"status", "VmHWM", &sum.peak}, {"smaps_rollup", "Pss", &sum.pss}} {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", p, x.file))
+			if err != nil {
+				return memory{}, err
+			}
+			n, err := parseMemory(string(b), x.key)
+			if err != nil {
+				return memory{}, err
+			}
+			*x.to += n
 		}
-		rss, err := parseMemory(string(b), "VmRSS")
-		if err != nil {
-			return 0, 0, err
-		}
-		hwm, err := parseMemory(string(b), "VmHWM")
-		if err != nil {
-			return 0, 0, err
-		}
-		now, peak = now+rss, peak+hwm
 	}
-	return now, peak, nil
+	return sum, nil
 }
 
 // cpuTimes is the first line of /proc/stat, in ticks.

@@ -29,7 +29,7 @@ var tables = []table{
 	}},
 	{scenarioSwitch, "what it costs", []column{
 		{"tcp cpu", "daemon CPU s/GB", 1, true}, {"tcp system cpu", "system CPU s/GB", 1, false}, {"udp 64 loss", "UDP 64 B lost", 1, true}, {"udp 1400 loss", "UDP 1400 B lost", 1, true},
-		{"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true},
+		{"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true}, {"pss", "PSS MiB", 1, true},
 	}},
 	{scenarioNAT, "throughput", []column{
 		{"tcp out", "TCP out Gbit/s", 1, false}, {"tcp in", "TCP in Gbit/s", 1, false},
@@ -48,7 +48,7 @@ var tables = []table{
 	{scenarioNAT, "what it costs", []column{
 		{"tcp out cpu", "daemon CPU s/GB out", 1, true}, {"tcp in cpu", "daemon CPU s/GB in", 1, true},
 		{"tcp out system cpu", "system CPU s/GB out", 1, false}, {"udp out loss", "UDP out lost", 1, true}, {"udp in loss", "UDP in lost", 1, true},
-		{"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true},
+		{"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true}, {"pss", "PSS MiB", 1, true},
 	}},
 	{scenarioPublish, "into a container by a published port, MTU 1500", []column{
 		{"tcp in", "TCP in Gbit/s", 1, false}, {"tcp out", "TCP out Gbit/s", 1, false}, {"udp in", "UDP 1400 B in delivered k/s", 1e-3, false},
@@ -60,7 +60,7 @@ var tables = []table{
 	}},
 	{scenarioPublish, "what it costs", []column{
 		{"tcp in cpu", "daemon CPU s/GB in", 1, true}, {"tcp in system cpu", "system CPU s/GB in", 1, false}, {"udp in loss", "UDP in lost", 1, true},
-		{"start", "start s", 1, true}, {"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true},
+		{"start", "start s", 1, true}, {"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true}, {"pss", "PSS MiB", 1, true},
 	}},
 	{scenarioTunnel, "two hosts on an underlay with MTU 1500, plain and encrypted", []column{
 		{"tcp", "TCP 1 stream Gbit/s", 1, false}, {"tcp 4", "TCP 4 streams Gbit/s", 1, false},
@@ -69,7 +69,7 @@ var tables = []table{
 	}},
 	{scenarioTunnel, "what it costs, both hosts together", []column{
 		{"tcp cpu", "daemons CPU s/GB", 1, true}, {"tcp system cpu", "system CPU s/GB", 1, false}, {"udp 64 loss", "UDP 64 B lost", 1, true}, {"udp 1200 loss", "UDP 1200 B lost", 1, true},
-		{"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true},
+		{"rss", "RSS MiB", 1, true}, {"rss peak", "RSS peak MiB", 1, true}, {"pss", "PSS MiB", 1, true},
 	}},
 }
 

@@ -107,7 +107,7 @@ func TestBench(t *testing.T) {
 				}
 			}
 			if p != peerKernel {
-				want = append(want, "rss", "rss peak")
+				want = append(want, "rss", "rss peak", "pss")
 				if sc == scenarioPublish {
 					want = append(want, "start")
 				}
@@ -199,7 +199,7 @@ func checkRow(t *testing.T, r Row, exe string) {
 	if strings.HasSuffix(r.Measure, "failed") && r.Value != 0 {
 		t.Errorf("%s: %v", who, r.Value)
 	}
-	kernelHas := !strings.HasPrefix(r.Measure, "rss") && r.Measure != "start" && (!strings.HasSuffix(r.Measure, " cpu") || strings.HasSuffix(r.Measure, "system cpu"))
+	kernelHas := !strings.HasPrefix(r.Measure, "rss") && r.Measure != "pss" && r.Measure != "start" && (!strings.HasSuffix(r.Measure, " cpu") || strings.HasSuffix(r.Measure, "system cpu"))
 	if r.Ratio != nil && !kernelHas || r.Ratio == nil && kernelHas && !zero {
 		t.Errorf("%s: ratio %v", who, r.Ratio)
 	}

@@ -215,11 +215,11 @@ func (r *runner) contend(v variant, round int, e entrant, base map[string]float6
 	if e.name == peerKernel {
 		return nil
 	}
-	now, peak, err := memoryOf(daemons())
+	mem, err := memoryOf(daemons())
 	if err != nil {
 		return absent("rss", err)
 	}
-	vs := []value{{"rss", float64(now) / (1 << 20), "MiB"}, {"rss peak", float64(peak) / (1 << 20), "MiB"}}
+	vs := []value{{"rss", float64(mem.rss) / (1 << 20), "MiB"}, {"rss peak", float64(mem.peak) / (1 << 20), "MiB"}, {"pss", float64(mem.pss) / (1 << 20), "MiB"}}
 	if sc == scenarioPublish {
 		vs = append(vs, value{"start", took.Seconds(), "s"})
 	}
@@ -254,9 +254,9 @@ func (r *runner) measureOnce(s *site, m measurement, step Step) (vs []value, not
 		return nil, "", n, err
 	}
 	all0, own0 := allTicks(), ticksOf(ds)
-	var memory0 int64
+	var before memory
 	if m.held {
-		if memory0, _, err = memoryOf(ds); err != nil {
+		if before, err = memoryOf(ds); err != nil {
 			return nil, "", n, err
 		}
 	}
@@ -279,11 +279,11 @@ func (r *runner) measureOnce(s *site, m measurement, step Step) (vs []value, not
 		return nil, "", n, err
 	}
 	if m.held && len(ds) > 0 {
-		memory, _, err := memoryOf(ds)
+		after, err := memoryOf(ds)
 		if err != nil {
 			return nil, "", n, err
 		}
-		vs = append(vs, value{m.name + " memory", (float64(memory) - float64(memory0)) / 1024 / float64(rep.Result.Ops), "KiB each"})
+		vs = append(vs, value{m.name + " memory", float64(after.rss-before.rss) / 1024 / float64(rep.Result.Ops), "KiB each"})
 	}
 	if gb := float64(rep.Result.Bytes) / 1e9; m.kind == "stream" || m.kind == iperfKind {
 		if len(ds) > 0 {

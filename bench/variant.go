@@ -170,7 +170,7 @@ func (v variant) table() table {
 			t.columns = append(t.columns, column{m.name, m.name + " k/s", 1e-3, false}, column{m.name + " p50", m.name + " p50 µs", 1, false})
 		}
 	}
-	t.columns = append(t.columns, column{"rss", "RSS MiB", 1, true})
+	t.columns = append(t.columns, column{"rss", "RSS MiB", 1, true}, column{"pss", "PSS MiB", 1, true})
 	return t
 }
 
