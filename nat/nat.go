@@ -29,6 +29,9 @@ type Config struct {
 	// OpenUDP lets anyone on the host's side answer to a container's UDP port, not only the addresses it has sent to: endpoint-independent
 	// filtering, which some peer-to-peer programs want. Default: address-dependent filtering (RFC 4787 REQ-8).
 	OpenUDP bool
+	// OneThread has the loop of TCP move streams from the host to containers by itself, whatever their size, where else a goroutine takes over: for machines with so few cores that those who
+	// use the streams need the others.
+	OneThread bool
 	// Limits bound everything that a container or client can make grow.
 	Limits Limits
 	// Drops counts what was refused, by reason. Default: counters of its own, see NAT.Drops.
@@ -158,9 +161,10 @@ type NAT struct {
 	udp  *udpNAT
 	icmp *icmpNAT
 
-	openUDP bool // Config.OpenUDP
-	journal *Journal
-	probes  pacer // of orphans
+	openUDP   bool // Config.OpenUDP
+	oneThread bool // Config.OneThread
+	journal   *Journal
+	probes    pacer // of orphans
 
 	pubMu     sync.Mutex
 	published map[*Published]struct{}
@@ -175,7 +179,7 @@ func New(cfg Config) (*NAT, error) {
 	if cfg.Network == nil {
 		return nil, errors.New("nat: Config.Network is nil; give the gateway")
 	}
-	n := &NAT{net: cfg.Network, limits: cfg.Limits, drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock, openUDP: cfg.OpenUDP, published: make(map[*Published]struct{}),
+	n := &NAT{net: cfg.Network, limits: cfg.Limits, drops: cfg.Drops, log: cfg.Logger, now: cfg.Clock, openUDP: cfg.OpenUDP, oneThread: cfg.OneThread, published: make(map[*Published]struct{}),
 		journal: cfg.Journal, probes: pacer{every: time.Second / probesPerSecond}}
 	if n.drops == nil {
 		n.drops = new(frame.DropCounters)

@@ -31,7 +31,8 @@ type poller struct {
 	idle    sync.Cond // signalled when no handler runs; waits of remove
 	slots   []pollSlot
 	gen     uint32
-	running int // descriptor whose handler runs now, or -1
+	running int  // descriptor whose handler runs now, or -1
+	asleep  bool // in epoll_wait, or about to be, and not woken yet
 	posted  []func()
 	spare   []func() // the other buffer of posted, reused
 	tick    func() time.Duration
@@ -143,7 +144,7 @@ func (p *poller) forget(fd int, wait bool) {
 	}
 }
 
-// post runs f on the loop soon, in order. After the loop has ended f is not run and post reports false.
+// post runs f on the loop soon, in order, behind the events that are known by then. It costs a system call only where the loop sleeps. After the loop has ended f is not run and post reports false.
 func (p *poller) post(f func()) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -151,7 +152,8 @@ func (p *poller) post(f func()) bool {
 		return false
 	}
 	p.posted = append(p.posted, f)
-	if len(p.posted) == 1 {
+	if p.asleep {
+		p.asleep = false
 		p.kick()
 	}
 	return true
@@ -221,6 +223,7 @@ func (p *poller) loop() error {
 		for i := range max(n, 0) {
 			p.dispatch(&evs[i])
 		}
+		p.runPosted()
 	}
 }
 
@@ -228,10 +231,12 @@ func (p *poller) loop() error {
 func (p *poller) dispatch(ev *unix.EpollEvent) {
 	fd := int(ev.Fd)
 	if fd == p.wake {
-		p.drain()
+		var b [8]byte
+		_, _ = unix.Read(p.wake, b[:]) // empty means that somebody has drained it
 		return
 	}
 	p.mu.Lock()
+	p.asleep = false
 	s := p.slots[fd]
 	if s.h == nil || s.gen != uint32(ev.Pad) {
 		p.mu.Unlock()
@@ -246,12 +251,15 @@ func (p *poller) dispatch(ev *unix.EpollEvent) {
 	p.mu.Unlock()
 }
 
-// drain empties the eventfd and runs what was posted.
-func (p *poller) drain() {
-	var b [8]byte
-	_, _ = unix.Read(p.wake, b[:]) // empty means that somebody has drained it
+// runPosted runs what was posted.
+func (p *poller) runPosted() {
 	p.mu.Lock()
+	p.asleep = false
 	fs := p.posted
+	if len(fs) == 0 {
+		p.mu.Unlock()
+		return
+	}
 	p.posted, p.spare = p.spare[:0], nil
 	p.mu.Unlock()
 	for i, f := range fs {
@@ -269,6 +277,12 @@ func (p *poller) drain() {
 func (p *poller) due() (timeout int, stopped bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	defer func() {
+		if len(p.posted) > 0 {
+			timeout = 0
+		}
+		p.asleep = timeout != 0
+	}()
 	if p.stopped {
 		return 0, true
 	}

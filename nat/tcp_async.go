@@ -46,6 +46,9 @@ func (c *waitingConn) Resume() {
 	}
 }
 
+// NotifyRoom is not known how.
+func (c *waitingConn) NotifyRoom(func()) bool { return false }
+
 // TryWrite takes nothing: whether Write would wait is not known.
 func (c *waitingConn) TryWrite([]byte) (int, error) { return 0, nil }
 

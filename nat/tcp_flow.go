@@ -16,8 +16,8 @@ import (
 //
 //   - what the container sends is written to the host's socket on the goroutine that read it off the network (TryWrite), and where the socket is
 //     full, on the loop when it no longer is;
-//   - what the host sends is read and given to the container's connection on the loop, and where that is full, on a goroutine that lives until the host's
-//     socket is drained.
+//   - what the host sends is read and given to the container's connection on the loop. Where that is full, it goes on when the connection says that it takes bytes again, on the loop
+//     (Config.OneThread), or on a goroutine that lives until the host's socket is drained.
 //
 // Each direction ends by itself: a FIN is carried over as a FIN, and the flow ends when both have come. A reset, or an error of either side, ends both at once,
 // with a reset to the other side.
@@ -37,7 +37,12 @@ type tcpFlow struct {
 	closed bool
 	outOn  bool // EPOLLOUT is asked for; under wr
 
-	down  atomic.Int32 // who reads fd: downIdle and so on
+	down   atomic.Int32 // who reads fd: downIdle and so on
+	again  func()       // goOn, once waits has been true
+	rest   *buf         // what the container has not taken, from restAt on, or nil; used by who is downBusy
+	restAt int
+	roomed atomic.Bool // the container has taken bytes since giveRest last tried
+
 	ended atomic.Int32 // directions that have ended: 2 is the end
 	first atomic.Int32 // whose FIN came first: 0, fromContainer, fromHost
 	over  atomic.Bool  // taken off the books
@@ -47,13 +52,6 @@ type tcpFlow struct {
 	quiet  int         // sweeps without a byte; used by the sweep alone
 	kept   bool        // keepalive is on; used by the sweep alone
 }
-
-const (
-	downIdle  = iota // nobody; the next event starts it
-	downBusy         // the loop or a goroutine
-	downAgain        // the same, and an event came meanwhile
-	downDone         // nobody any more: the host's FIN has come
-)
 
 const (
 	fromContainer = 1 + iota
@@ -202,128 +200,6 @@ func (f *tcpFlow) containerEnd(err error) {
 			_ = unix.Shutdown(f.fd, unix.SHUT_WR) // a peer that is gone needs no FIN
 		}
 		f.wr.Unlock()
-	}
-	f.eof()
-}
-
-// ready is called on the loop when the host's socket has something, or room.
-func (f *tcpFlow) ready(events uint32) {
-	if events&unix.EPOLLOUT != 0 {
-		f.conn.Resume()
-	}
-	if events&^unix.EPOLLOUT == 0 {
-		return
-	}
-	for {
-		if f.down.CompareAndSwap(downIdle, downBusy) {
-			f.download(f.t.loopBuf[:], loopReads)
-			return
-		}
-		switch f.down.Load() {
-		case downBusy:
-			if f.down.CompareAndSwap(downBusy, downAgain) {
-				return
-			}
-		case downAgain:
-			return
-		case downDone:
-			if events&unix.EPOLLERR != 0 {
-				f.checkReset()
-			}
-			return
-		}
-	}
-}
-
-// loopReads is how many full buffers of one flow the loop moves before it leaves that flow to a goroutine of its own.
-const loopReads = 4
-
-// download moves what the host's socket has to the container. It runs on the loop while the container's connection takes it at once, and for no more than
-// turns full buffers; what is left then is for a goroutine.
-func (f *tcpFlow) download(b []byte, turns int) {
-	for {
-		n, err := f.read(b)
-		switch {
-		case n > 0:
-			f.alive()
-			m, err := f.conn.TryWrite(b[:n])
-			if err != nil {
-				f.abort()
-				return
-			}
-			if n == len(b) {
-				turns--
-			}
-			if m < n || turns <= 0 {
-				rest := f.t.bufs.get(false)
-				rest.n = copy(rest.b, b[m:n])
-				f.t.spawn(func() { f.downloadSlow(rest) })
-				return
-			}
-		case errors.Is(err, unix.EAGAIN):
-			if f.down.CompareAndSwap(downBusy, downIdle) {
-				return
-			}
-			f.down.Store(downBusy)
-		case err == nil:
-			if f.proven.Load() {
-				f.hostEnd()
-			} else {
-				f.t.spawn(f.hostEnd) // a FIN waits for the container's handshake
-			}
-			return
-		default:
-			f.abort()
-			return
-		}
-	}
-}
-
-// downloadSlow moves first and then what the host's socket has, waiting for the container as long as it takes, until the socket is drained.
-func (f *tcpFlow) downloadSlow(b *buf) {
-	defer func() { f.t.bufs.put(b) }()
-	n, err := b.n, error(nil)
-	for {
-		if n > 0 {
-			f.alive()
-			if _, err := f.conn.Write(b.b[:n]); err != nil {
-				f.abort()
-				return
-			}
-		}
-		if n == len(b.b) && n < bigBuf { // it is a stream of some size
-			f.t.bufs.put(b)
-			b = f.t.bufs.get(true)
-		}
-		n, err = f.read(b.b)
-		switch {
-		case n > 0:
-		case errors.Is(err, unix.EAGAIN):
-			n = 0
-			if f.down.CompareAndSwap(downBusy, downIdle) {
-				return
-			}
-			f.down.Store(downBusy)
-		case err == nil:
-			f.hostEnd()
-			return
-		default:
-			f.abort()
-			return
-		}
-	}
-}
-
-// hostEnd passes the host's FIN on. The socket stays watched: a reset that comes behind the FIN is news to the container too.
-func (f *tcpFlow) hostEnd() {
-	if f.conn.CloseWrite() != nil {
-		f.abort()
-		return
-	}
-	f.down.Store(downDone)
-	f.checkReset()
-	if !f.first.CompareAndSwap(0, fromHost) && f.port != 0 && !f.over.Load() {
-		f.t.recycler.put(f.to, f.port, f.t.n.now()) // our FIN was the first, so ours is the TIME-WAIT
 	}
 	f.eof()
 }

@@ -75,9 +75,20 @@ func ends(t *testing.T, c *peer, l *net.TCPListener, f func(t *testing.T, actor,
 	}
 }
 
-func TestTCPHalfClose(t *testing.T) {
-	testbed.Leaks(t)
-	nw := newNetwork(t, 1, Config{})
+// bothWays runs a test with the loop moving all that containers are sent, and with goroutines that help.
+func bothWays(t *testing.T, test func(t *testing.T, cfg Config)) {
+	for name, one := range map[string]bool{"one thread": true, "goroutines": false} {
+		t.Run(name, func(t *testing.T) {
+			testbed.Leaks(t)
+			test(t, Config{OneThread: one})
+		})
+	}
+}
+
+func TestTCPHalfClose(t *testing.T) { bothWays(t, testTCPHalfClose) }
+
+func testTCPHalfClose(t *testing.T, cfg Config) {
+	nw := newNetwork(t, 1, cfg)
 	newOutside(t).each(t, func(t *testing.T, l *net.TCPListener, _ netip.Addr) {
 		ends(t, nw.cs[0], l, func(t *testing.T, a, b *net.TCPConn) {
 			io.WriteString(a, "question")
@@ -105,9 +116,10 @@ func TestTCPHalfClose(t *testing.T) {
 	testbed.Eventually(t, 5*time.Second, func() bool { return nw.Stats().TCPFlows == 0 })
 }
 
-func TestTCPReset(t *testing.T) {
-	testbed.Leaks(t)
-	nw := newNetwork(t, 1, Config{})
+func TestTCPReset(t *testing.T) { bothWays(t, testTCPReset) }
+
+func testTCPReset(t *testing.T, cfg Config) {
+	nw := newNetwork(t, 1, cfg)
 	o := newOutside(t)
 	reset := func(c *net.TCPConn) { c.SetLinger(0); c.Close() }
 	wantReset := func(t *testing.T, c *net.TCPConn) {
@@ -282,9 +294,10 @@ func TestTCPServerSpeaksFirst(t *testing.T) {
 }
 
 // TestTCPTransfer moves bytes both ways at once and compares their sums.
-func TestTCPTransfer(t *testing.T) {
-	testbed.Leaks(t)
-	nw := newNetwork(t, 1, Config{})
+func TestTCPTransfer(t *testing.T) { bothWays(t, testTCPTransfer) }
+
+func testTCPTransfer(t *testing.T, cfg Config) {
+	nw := newNetwork(t, 1, cfg)
 	const size = 64 << 20
 	newOutside(t).each(t, func(t *testing.T, l *net.TCPListener, _ netip.Addr) {
 		in, out := join(t, nw.cs[0], l)
@@ -330,9 +343,10 @@ func TestTCPTransfer(t *testing.T) {
 }
 
 // TestTCPStalledReader holds that a container that does not read costs a bounded amount and stalls nobody else.
-func TestTCPStalledReader(t *testing.T) {
-	testbed.Leaks(t)
-	nw := newNetwork(t, 2, Config{})
+func TestTCPStalledReader(t *testing.T) { bothWays(t, testTCPStalledReader) }
+
+func testTCPStalledReader(t *testing.T, cfg Config) {
+	nw := newNetwork(t, 2, cfg)
 	l := newOutside(t).v4
 	for range 20 {
 		_, out := join(t, nw.cs[0], l)

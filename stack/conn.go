@@ -29,6 +29,7 @@ type conn struct {
 	local, remote netip.AddrPort
 
 	rd, wr         chan struct{}
+	room           atomic.Pointer[func()] // of NotifyRoom
 	rdLine, wrLine deadline
 	inline         atomic.Int32 // goroutines in process; they look at ready when they are done
 	up             atomic.Bool  // ep is set
@@ -122,7 +123,7 @@ func (c *conn) NotifyEvent(mask waiter.EventMask) {
 		}
 	}
 	if mask&(waiter.WritableEvents|waiter.EventHUp|waiter.EventErr) != 0 {
-		wake(c.wr)
+		c.hasRoom()
 		if c.dial.Load() != nil && c.inline.Load() == 0 {
 			go c.settle() // one of netstack's timers has the endpoint
 		}
@@ -135,6 +136,17 @@ func (c *conn) NotifyEvent(mask waiter.EventMask) {
 		c.count()
 	}
 }
+
+// hasRoom tells who waits that the connection takes bytes again, or never will.
+func (c *conn) hasRoom() {
+	wake(c.wr)
+	if f := c.room.Load(); f != nil {
+		(*f)()
+	}
+}
+
+// NotifyRoom sets what is called when TryWrite may take bytes again; see AsyncConn.
+func (c *conn) NotifyRoom(f func()) bool { c.room.Store(&f); return true }
 
 func wake(ch chan struct{}) {
 	select {

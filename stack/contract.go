@@ -113,6 +113,10 @@ type AsyncConn interface {
 	Resume()
 	// TryWrite queues as much of b as there is room for and does not block. n < len(b) with a nil error means that Write would wait.
 	TryWrite(b []byte) (n int, err error)
+	// NotifyRoom has f called after a TryWrite that took less than it was given, once there is room again or an error to learn; it may be called more often than that. f may be called
+	// on any goroutine, also before TryWrite has returned, and with locks of the stack held: it must not block nor call methods of the Conn. Call NotifyRoom once; what was short
+	// before that is to be tried again. It is false for a Conn that cannot tell, which never calls f.
+	NotifyRoom(f func()) bool
 }
 
 // Network is what the services behind the gateway (nat, dns, dhcp) need of it. *Gateway implements it.

@@ -382,7 +382,7 @@ func TestBulk(t *testing.T) {
 		rand.NewChaCha8([32]byte{1}).Read(data)
 		want := sha256.Sum256(data)
 		for _, to := range []string{"192.0.2.7:80", "[2001:db8::7]:80"} {
-			for _, how := range []string{"write", "readfrom", "read", "writeto", "push", "push slow", "pump", "trywrite"} {
+			for _, how := range []string{"write", "readfrom", "read", "writeto", "push", "push slow", "pump", "trywrite", "room"} {
 				c := w.dial(t, to)
 				c.SetDeadline(time.Now().Add(3 * patience))
 				s := <-conns
@@ -391,7 +391,7 @@ func TestBulk(t *testing.T) {
 				var err error
 				var wg sync.WaitGroup
 				switch how {
-				case "write", "readfrom", "trywrite":
+				case "write", "readfrom", "trywrite", "room":
 					wg.Go(func() { io.Copy(&got, c) })
 					switch how {
 					case "write":
@@ -403,6 +403,23 @@ func TestBulk(t *testing.T) {
 								time.Sleep(time.Millisecond)
 							}
 							d = d[n:]
+						}
+					case "room":
+						room := make(chan struct{}, 1)
+						if !s.(AsyncConn).NotifyRoom(func() { wake(room) }) {
+							t.Fatal("a connection of the gateway does not know of room")
+						}
+						for d := data; err == nil; {
+							var n int
+							if n, err = s.(AsyncConn).TryWrite(d); n == len(d) {
+								break
+							}
+							d = d[n:]
+							select {
+							case <-room:
+							case <-time.After(patience):
+								t.Fatalf("%+v %s: nobody tells that there is room; %d bytes to go", open, to, len(d))
+							}
 						}
 					default:
 						_, err = s.ReadFrom(struct{ io.Reader }{bytes.NewReader(data)})

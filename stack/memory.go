@@ -71,7 +71,7 @@ func (c *conn) count() {
 		m.total.Add(d)
 	}
 	if h.wantRoom.Load() && (dead || c.sendRoom() > int(send)) && h.wantRoom.CompareAndSwap(true, false) {
-		wake(c.wr)
+		c.hasRoom()
 	}
 }
 

@@ -235,7 +235,7 @@ func (n *Network) openGateway() error {
 	n.nat, err = nat.New(nat.Config{
 		Journal: n.flows,
 		Network: n.gw, Subnets: n.subnets, Internal: n.cfg.Internal, HostLoopback: n.cfg.HostLoopback, AllowLinkLocal: n.cfg.AllowLinkLocal, Limits: n.cfg.Limits,
-		Drops: n.drops, Logger: n.log,
+		Drops: n.drops, Logger: n.log, OneThread: n.cfg.LoopTAPs > 0,
 	})
 	if err != nil {
 		return err
