@@ -113,12 +113,22 @@ func (g *Gateway) sortTCP(b *batch, p *Packet) {
 		g.flows.remove(c)
 		c = nil
 	}
-	if b.flow != nil && b.flow != c {
-		b.flow.process()
-		b.flow = nil
+	if b.flow != c {
+		g.flushFlow(b)
 	}
 	switch {
 	case c != nil:
+		if bareACK(l4) {
+			if b.acked && !supersedes(l4, b.ack.L4()) {
+				g.enqueue(c, &b.ack)
+			}
+			b.flow, b.ack, b.acked = c, *p, true
+			return
+		}
+		if b.acked {
+			g.enqueue(c, &b.ack)
+			b.acked = false
+		}
 		if n := len(l4) - int(l4[12]>>4)*4; n > 0 && !c.mayReceive(n, binary.BigEndian.Uint32(l4[4:])) {
 			g.drops.Add(frame.DropMemory, 1)
 		} else if g.enqueue(c, p) {
@@ -142,6 +152,41 @@ func (g *Gateway) sortTCP(b *batch, p *Packet) {
 			g.reset(p)
 		}
 	}
+}
+
+// flushFlow has netstack process the segments of one connection that were gathered.
+func (g *Gateway) flushFlow(b *batch) {
+	c := b.flow
+	if c == nil {
+		return
+	}
+	b.flow = nil
+	if b.acked {
+		b.acked = false
+		g.enqueue(c, &b.ack)
+		b.ack = Packet{}
+	}
+	c.process()
+}
+
+// bareACK reports whether a segment is an acknowledgement and nothing else: no data, no flag but ACK, no option but a timestamp as every kernel writes it.
+func bareACK(l4 []byte) bool {
+	const timestamps = 0x0101080a // NOP, NOP, kind 8, 10 bytes
+	if l4[13] != tcpACK {
+		return false
+	}
+	switch off := int(l4[12]>>4) * 4; off {
+	case wire.TCPLen:
+		return len(l4) == off
+	case wire.TCPLen + 12:
+		return len(l4) == off && binary.BigEndian.Uint32(l4[wire.TCPLen:]) == timestamps
+	}
+	return false
+}
+
+// supersedes reports whether a bare acknowledgement makes an earlier one needless: it acknowledges more. One that does not is a duplicate, which means loss, or news of the window.
+func supersedes(l4, earlier []byte) bool {
+	return binary.BigEndian.Uint32(l4[4:]) == binary.BigEndian.Uint32(earlier[4:]) && int32(binary.BigEndian.Uint32(l4[8:])-binary.BigEndian.Uint32(earlier[8:])) > 0
 }
 
 // inPacket copies the IP packet of p into a buffer of netstack's, sized to it.

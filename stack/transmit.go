@@ -14,7 +14,9 @@ type batch struct {
 	// local gathers datagrams for one of Handlers.LocalUDP.
 	local     []Packet
 	localPort uint16
-	flow      *conn // whose segments are queued but not processed yet
+	flow      *conn  // whose segments are queued but not processed yet
+	ack       Packet // the last of them, not queued yet, where acked
+	acked     bool
 }
 
 // Transmit takes frames off the switch, sorts them by protocol and runs each to completion on the caller's goroutine. fs is lent. Frames that the
@@ -35,11 +37,7 @@ func (g *Gateway) Transmit(fs []frame.Frame) int {
 
 // flush hands on everything gathered.
 func (g *Gateway) flush(b *batch) {
-	if b.flow != nil {
-		c := b.flow
-		b.flow = nil
-		c.process()
-	}
+	g.flushFlow(b)
 	g.flushUDP(b)
 	g.flushLocal(b)
 	if len(b.icmp) > 0 {
