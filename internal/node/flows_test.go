@@ -74,7 +74,7 @@ func resent(b *box) (n int) {
 }
 
 // TestManyFlowsAndBack holds 1,000 flows open at once with bytes through each, then makes 20,000 short ones in a row. None fails, and
-// afterwards the node is as small as before.
+// afterwards the node is as small as before. The race detector makes the node ten times as slow, and its TAP's queue overflow: a quarter of the flows does then.
 func TestManyFlowsAndBack(t *testing.T) {
 	testbed.Leaks(t)
 	_, addr := outsideLoad(t)
@@ -87,11 +87,15 @@ func TestManyFlowsAndBack(t *testing.T) {
 	testbed.Wait(5*time.Second, func() bool { return n.Status().NAT.TCPFlows == 0 })
 	before := measure()
 	start := time.Now()
-	b.do(ask{Flows: &flows{Addr: addr, Open: 1000, Rounds: 3, Size: 20000}})
-	if f := n.Status().NAT.TCPFlows; f != 1000 {
-		t.Errorf("%d flows for 1,000 open connections", f)
+	open := 1000
+	if raceEnabled {
+		open = 250
 	}
-	t.Logf("1,000 flows, 60 MB each way: %v, %v; %d segments sent again", time.Since(start).Round(time.Millisecond), measure(), resent(b))
+	b.do(ask{Flows: &flows{Addr: addr, Open: open, Rounds: 3, Size: 20000}})
+	if f := n.Status().NAT.TCPFlows; f != open {
+		t.Errorf("%d flows for %d open connections", f, open)
+	}
+	t.Logf("%d flows, 60 kB each way: %v, %v; %d segments sent again", open, time.Since(start).Round(time.Millisecond), measure(), resent(b))
 	// The TAP's queue has room for what a thousand flows have under way: see txQueueLen. With the kernel's own 500 it dropped a fifth of the 41,000 segments; a reader that a busy machine keeps
 	// waiting loses some all the same, and one that the race detector slows down lets any queue overflow.
 	if d, err := strconv.Atoi(b.run("cat", "/sys/class/net/eth0/statistics/tx_dropped")); err != nil || d > 4000 && !raceEnabled {
