@@ -60,6 +60,10 @@ bench: build ## measure against the kernel and the peers side by side, for an ho
 	@script/deps bench
 	@$(BIN) bench all --time 2s --report bench/results
 
+.PHONY: profile
+profile: build ## what a node does for each operation of each load: CPU, run queue, switches, system calls
+	@script/profile
+
 .PHONY: bench-compare
 bench-compare: ## Go micro-benchmarks of this tree beside those of BASE=REV, with benchstat; BENCH=REGEX and COUNT=10 narrow it
 	@[ -n "$(BASE)" ] || { echo "bench-compare: say with what: make bench-compare BASE=main~1" >&2; exit 2; }

@@ -39,8 +39,7 @@
 //
 // A NAT is safe for concurrent use. Run blocks and owns the loops; Close is idempotent, ends every flow and listener and unblocks Run. A TCP flow has no
 // goroutine: bytes from the container are written to the host on the goroutine that read them off the network, bytes from the host are read and
-// passed on in the loop. Only while a container does not take what the host sent has its flow a goroutine and a buffer. A dial into the network has
-// one for as long as it takes.
+// passed on in the loop. Only while a container does not take what the host sent has its flow a buffer and, unless Config.OneThread is set, a goroutine.
 //
 // # Limits
 //

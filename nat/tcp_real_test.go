@@ -298,7 +298,10 @@ func TestTCPTransfer(t *testing.T) { bothWays(t, testTCPTransfer) }
 
 func testTCPTransfer(t *testing.T, cfg Config) {
 	nw := newNetwork(t, 1, cfg)
-	const size = 64 << 20
+	size := int64(64 << 20)
+	if raceEnabled {
+		size = 16 << 20
+	}
 	newOutside(t).each(t, func(t *testing.T, l *net.TCPListener, _ netip.Addr) {
 		in, out := join(t, nw.cs[0], l)
 		type result struct {

@@ -375,7 +375,7 @@ func TestBulk(t *testing.T) {
 		cfg.Handlers.TCP = accepting(func(c Conn) { conns <- c })
 		w := newWorld(t, cfg, open)
 		size := 24 << 20
-		if open.Plain {
+		if open.Plain || raceEnabled {
 			size = 4 << 20
 		}
 		data := make([]byte, size)

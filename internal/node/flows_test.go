@@ -49,7 +49,7 @@ func short(t *testing.T, b *box, c load.Config) load.Result {
 	if r.Errors != 0 || r.Ops != int64(c.Count) {
 		t.Errorf("%d of %d connections failed; the first: %s", r.Errors, c.Count, r.FirstErr)
 	}
-	if most := slowest + allowance(late); r.Max > most {
+	if most := slowest + allowance(late); r.Max > most && !raceEnabled { // with the detector 16 at a time keep each other waiting
 		t.Errorf("the slowest connection took %v, want at most %v", r.Max, most)
 	}
 	return r
