@@ -135,8 +135,9 @@ func TestFlood(t *testing.T) {
 		if _, payload, _ := parseHeader(hello); !isClientHello(payload) {
 			t.Fatal("the first datagram is no ClientHello")
 		}
+		// What b answers goes to the true peer, who has not asked. Were this set after b has started, a could have had b's challenge before, and its answer would be a's own.
+		b.b.to.set(func([]byte, func([]byte)) {})
 		b.b.start()
-		b.b.to.set(func([]byte, func([]byte)) {}) // what b answers goes to the true peer, who has not asked
 		synctest.Wait()
 		var before, after runtime.MemStats
 		goroutines := runtime.NumGoroutine()
