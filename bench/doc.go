@@ -4,7 +4,8 @@
 //
 // Figures of this kind mean little unless they prove what was measured and stand beside others from the same minute. So:
 //
-//   - Everything happens in namespaces that the bench makes itself, as an ordinary user or as root; nothing of the host is touched.
+//   - Everything happens in namespaces that the bench makes itself, as an ordinary user or as root; nothing of the host is touched. Root's bench has a user with subordinate ids in them
+//     besides (makeTenant), for contenders that cannot do without.
 //   - A round measures every contender once, the kernel first; each figure carries its ratio to the kernel's of the same round. Ratios travel to other
 //     machines, absolute figures do not.
 //   - A contender is set up anew for each round, its daemons run as a user without capabilities over the namespace that plays the host, and what ran is
@@ -58,7 +59,7 @@
 // # Limits
 //
 // The CPU time of a daemon is known to 10 ms, so runs shorter than a second make its seconds per GB coarse. Foreign CPU time contains the
-// kernel's own threads, and memory is that of processes: what a kernel's bridge, conntrack or vxlan holds is in no figure. Variants count what they take by number at 1.5 s a measurement or longer, and
+// kernel's own threads, and memory is that of processes, resident and proportional: what a kernel's bridge, conntrack or vxlan holds is in no figure. Variants count what they take by number at 1.5 s a measurement or longer, and
 // proportionally less below.
 //
 // # References

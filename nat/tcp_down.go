@@ -149,11 +149,9 @@ func (f *tcpFlow) giveRest() bool {
 
 // downloadSlow moves the rest and then what the host's socket has, waiting for the container as long as it takes, until the socket is drained.
 func (f *tcpFlow) downloadSlow() {
-	b := f.rest
+	b := f.rest // all of it: giveRest, which takes from it, is the loop's
 	if f.rest = nil; b == nil {
 		b = f.t.bufs.get(false)
-	} else {
-		b.n = copy(b.b, b.b[f.restAt:b.n])
 	}
 	defer func() { f.t.bufs.put(b) }()
 	n, err := b.n, error(nil)

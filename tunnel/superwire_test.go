@@ -174,14 +174,21 @@ func TestSuperConformance(t *testing.T) {
 	}
 }
 
+// superPair is two hosts on an underlay whose networks are peers on the superframe wire; got has what comes to b's.
+func superPair(t *testing.T) (a, b *testbed.NS, p *Peer, got *collector) {
+	t.Helper()
+	a, b = underlay(t, 1500)
+	ping(t, a, "10.9.0.2")
+	p = addPeer(t, newVTEP(t, a, Config{}), PeerConfig{VNI: 1, Remote: netip.MustParseAddrPort("10.9.0.2:4789"), Wire: WirePatchbay})
+	got = &collector{}
+	addPeer(t, newVTEP(t, b, Config{}), PeerConfig{VNI: 1, Remote: netip.MustParseAddrPort("10.9.0.1:4789"), Wire: WirePatchbay}).Attach(got)
+	return a, b, p, got
+}
+
 // Small frames share datagrams, on the way of a real Transmit.
 func TestSmallFramesShare(t *testing.T) {
 	testbed.Leaks(t)
-	a, b := underlay(t, 1500)
-	ping(t, a, "10.9.0.2")
-	p := addPeer(t, newVTEP(t, a, Config{}), PeerConfig{VNI: 1, Remote: netip.MustParseAddrPort("10.9.0.2:4789"), Wire: WirePatchbay})
-	got := &collector{}
-	addPeer(t, newVTEP(t, b, Config{}), PeerConfig{VNI: 1, Remote: netip.MustParseAddrPort("10.9.0.1:4789"), Wire: WirePatchbay}).Attach(got)
+	a, _, p, got := superPair(t)
 	var fs []frame.Frame
 	for range 100 {
 		fs = append(fs, frame.Frame{Data: packet(false, wire.ProtoUDP, 0, 72)})
@@ -210,11 +217,7 @@ func TestSmallFramesShare(t *testing.T) {
 // Parts of messages follow the path's MTU when it falls.
 func TestFragmentsFollowMTU(t *testing.T) {
 	testbed.Leaks(t)
-	a, b := underlay(t, 1500)
-	ping(t, a, "10.9.0.2")
-	p := addPeer(t, newVTEP(t, a, Config{}), PeerConfig{VNI: 1, Remote: netip.MustParseAddrPort("10.9.0.2:4789"), Wire: WirePatchbay})
-	got := &collector{}
-	addPeer(t, newVTEP(t, b, Config{}), PeerConfig{VNI: 1, Remote: netip.MustParseAddrPort("10.9.0.1:4789"), Wire: WirePatchbay}).Attach(got)
+	a, b, p, got := superPair(t)
 	super := frame.Frame{Data: partial(packet(false, wire.ProtoTCP, 0, 30000), false)}
 	super.Hdr = wire.VirtioNetHdr{Flags: wire.VirtioNeedsCsum, GSOType: wire.GSOTCPv4, GSOSize: 1100, CsumStart: 34, CsumOffset: 16}
 	for _, mtu := range []int{1500, 1400, 1300} {

@@ -36,6 +36,14 @@ type meshHost struct {
 	distinct    bool   // its user is another one than the tests', to the kernel
 }
 
+// ip is the host's own root, with the tool of that name.
+func (h *meshHost) ip(t *testing.T, args ...string) {
+	t.Helper()
+	if out, err := h.Command(testbed.Tool(t, "ip"), args...).CombinedOutput(); err != nil {
+		t.Fatalf("ip %v: %v: %s", args, err, out)
+	}
+}
+
 // newMesh makes n hosts with a daemon each.
 func newMesh(t *testing.T, n int, flags ...string) *mesh {
 	t.Helper()
@@ -493,12 +501,6 @@ func TestMeshKernelGroup(t *testing.T) {
 	testbed.Leaks(t)
 	m := newMesh(t, 2)
 	h, k := m.hosts[0], m.hosts[1]
-	ip := func(args ...string) {
-		t.Helper()
-		if out, err := k.Command(testbed.Tool(t, "ip"), args...).CombinedOutput(); err != nil {
-			t.Fatalf("ip %v: %v: %s", args, err, out)
-		}
-	}
 	for _, c := range []struct {
 		vni   int
 		group string
@@ -508,9 +510,9 @@ func TestMeshKernelGroup(t *testing.T) {
 		name, dev := fmt.Sprintf("lab%d", c.vni), fmt.Sprintf("vxlan%d", c.vni)
 		h.do("network", "create", name, "--vni", fmt.Sprint(c.vni), "--subnet", fmt.Sprintf("10.%d.0.0/24", c.vni), "--group", c.group+"%eth0")
 		h.do("peer", "add", name, c.addr.String())
-		ip("link", "add", dev, "type", "vxlan", "id", fmt.Sprint(c.vni), "dstport", "4789", "local", c.addr.String(), "group", c.group, "dev", "eth0")
-		ip("link", "set", dev, "up", "mtu", fmt.Sprint(c.mtu))
-		ip("addr", "add", fmt.Sprintf("10.%d.0.200/24", c.vni), "dev", dev)
+		k.ip(t, "link", "add", dev, "type", "vxlan", "id", fmt.Sprint(c.vni), "dstport", "4789", "local", c.addr.String(), "group", c.group, "dev", "eth0")
+		k.ip(t, "link", "set", dev, "up", "mtu", fmt.Sprint(c.mtu))
+		k.ip(t, "addr", "add", fmt.Sprintf("10.%d.0.200/24", c.vni), "dev", dev)
 		cont := h.run(name, "c1", "--", testbed.Tool(t, "iperf3"), "-s")
 		// The kernel knows nobody: its question who has the address goes to the group.
 		out, err := k.Command(testbed.Tool(t, "ping"), "-c", "3", "-i", "0.2", "-W", "3", cont.ip4.String()).CombinedOutput()
@@ -521,9 +523,9 @@ func TestMeshKernelGroup(t *testing.T) {
 			t.Errorf("%s: TCP from the kernel: %v: %s", c.group, err, out)
 		}
 		h.takeOver()
-		ip("neigh", "flush", "dev", dev)
-		ip("link", "set", dev, "down")
-		ip("link", "set", dev, "up")
+		k.ip(t, "neigh", "flush", "dev", dev)
+		k.ip(t, "link", "set", dev, "down")
+		k.ip(t, "link", "set", dev, "up")
 		if out, err := k.Command(testbed.Tool(t, "ping"), "-c", "3", "-i", "0.2", "-W", "3", cont.ip4.String()).CombinedOutput(); err != nil {
 			t.Errorf("%s, after a takeover: %v: %s", c.group, err, out)
 		}
@@ -540,17 +542,11 @@ func TestMeshKernel(t *testing.T) {
 	testbed.Leaks(t)
 	m := newMesh(t, 2)
 	h, k := m.hosts[0], m.hosts[1]
-	ip := func(args ...string) {
-		t.Helper()
-		if out, err := k.Command(testbed.Tool(t, "ip"), args...).CombinedOutput(); err != nil {
-			t.Fatalf("ip %v: %v: %s", args, err, out)
-		}
-	}
 	h.do("network", "create", "lab", "--vni", "42", "--subnet", "10.9.0.0/24", "--port", "8472")
 	h.do("peer", "add", "lab", k.addr.String())
-	ip("link", "add", "vxlan0", "type", "vxlan", "id", "42", "dstport", "8472", "local", k.addr.String(), "remote", h.addr.String())
-	ip("link", "set", "vxlan0", "up")
-	ip("addr", "add", "10.9.0.200/24", "dev", "vxlan0")
+	k.ip(t, "link", "add", "vxlan0", "type", "vxlan", "id", "42", "dstport", "8472", "local", k.addr.String(), "remote", h.addr.String())
+	k.ip(t, "link", "set", "vxlan0", "up")
+	k.ip(t, "addr", "add", "10.9.0.200/24", "dev", "vxlan0")
 	c := h.run("lab", "c1", "--", testbed.Tool(t, "iperf3"), "-s")
 	other := netip.MustParseAddr("10.9.0.200")
 	c.mustPing(other)

@@ -294,13 +294,9 @@ func (n *Node) changeFDB(network, ref string, change func(p *peer, have []wire.M
 
 // Peers implements api.Backend.
 func (n *Node) Peers(name string) ([]api.Peer, error) {
-	nets := n.sorted()
-	if name != "" {
-		nw, err := n.lookup(name)
-		if err != nil {
-			return nil, err
-		}
-		nets = []*network{nw}
+	nets, err := n.named(name)
+	if err != nil {
+		return nil, err
 	}
 	out := make([]api.Peer, 0, 16)
 	for _, nw := range nets {

@@ -72,15 +72,23 @@ func describePort(p node.PortStatus) api.Port {
 	}
 }
 
+// named is the network of that name, or all of them, in order, where there is none.
+func (n *Node) named(name string) ([]*network, error) {
+	if name == "" {
+		return n.sorted(), nil
+	}
+	nw, err := n.lookup(name)
+	if err != nil {
+		return nil, err
+	}
+	return []*network{nw}, nil
+}
+
 // Attachments implements api.Backend.
 func (n *Node) Attachments(name string) ([]api.Attachment, error) {
-	nets := n.sorted()
-	if name != "" {
-		nw, err := n.lookup(name)
-		if err != nil {
-			return nil, err
-		}
-		nets = []*network{nw}
+	nets, err := n.named(name)
+	if err != nil {
+		return nil, err
 	}
 	out := make([]api.Attachment, 0, 16)
 	for _, nw := range nets {
@@ -150,13 +158,9 @@ func (n *Node) FDB(network string) ([]api.FDBEntry, error) {
 
 // Drops implements api.Backend.
 func (n *Node) Drops(name string) ([]api.DropCount, error) {
-	nets := n.sorted()
-	if name != "" {
-		nw, err := n.lookup(name)
-		if err != nil {
-			return nil, err
-		}
-		nets = []*network{nw}
+	nets, err := n.named(name)
+	if err != nil {
+		return nil, err
 	}
 	out := make([]api.DropCount, 0, 16)
 	for _, nw := range nets {
