@@ -63,8 +63,9 @@
 // when it has that word or the first datagram that opens under it, whichever comes first: nothing is sealed with keys that the other may not have yet. The session before stays open for what is still on its way
 // and ends when it was idle for 30 s.
 //
-// When both start at once (glare) there are two sessions, and both hold. Both sides prefer the one with the greater id; if they differ still, because messages were lost, or because what crossed at one end
-// came one after the other at the other, each accepts what the other seals, and within seconds the one whose choice has the lesser id, and that hears nothing under it, goes over.
+// When both start at once (glare) there are two sessions, and both hold. Both sides prefer the one with the greater id. They may still differ: because messages were lost, or because what crossed at one end
+// came one after the other at the other. Then each accepts what the other seals, and within seconds one side, which hears nothing under its own choice, goes over to the other's (patience). Of sessions that did not cross
+// the newer one counts: frames that still come under the one before are no reason to go back to it, until nothing has come under the newer one for seconds.
 //
 // # Rekey
 //

@@ -229,6 +229,7 @@ func glare(a, b *Session) bool {
 
 // choose makes s the session that is sealed under. l.mu is held.
 func (l *Link) choose(s *Session) {
+	s.quiet = 0
 	if old := l.current.Swap(s); old != nil {
 		old.quiet = 0
 	}

@@ -265,10 +265,9 @@ func (r *runner) look(now time.Time) {
 			l.drop(s)
 		}
 	}
-	if cur = l.current.Load(); cur != nil && cur.quiet > 0 {
+	if cur = l.current.Load(); cur != nil {
 		for _, s := range *l.sessions.Load() {
-			// Both sides may have taken what the other did not, and see it in the same second: the greater id decides who goes over, and the other only when nobody has.
-			if s != cur && s.quiet == 0 && s.confirmed.Load() && (s.id > cur.id || cur.quiet > 3) {
+			if s != cur && s.quiet == 0 && s.confirmed.Load() && cur.quiet > patience(cur, s) {
 				l.choose(s)
 				break
 			}
@@ -280,6 +279,23 @@ func (r *runner) look(now time.Time) {
 	if n := l.replayed.Load(); r.old.risen(n) {
 		l.log.Warn("sealed frames that came before are dropped: repeated on the way, or by somebody", "frames", n)
 	}
+}
+
+// patience is for how many seconds nothing may have come under the current session before another one, which the peer uses, takes its place. The peer weighs the same two the other way around, maybe in the
+// same second, and were both to go over they would only have swapped: so no two sides of that have the same patience.
+func patience(cur, s *Session) int {
+	switch {
+	case glare(cur, s):
+		if s.id > cur.id {
+			return 0
+		}
+		return 6
+	case s.started.After(cur.started):
+		return 0
+	case s.id > cur.id: // the peer has not heard of the newer one yet, and will, or has lost it
+		return 3
+	}
+	return 6
 }
 
 func (l *Link) made() {

@@ -3,6 +3,7 @@ package secure
 import (
 	"bytes"
 	"crypto/x509"
+	mrand "math/rand/v2"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -23,7 +24,7 @@ func traffic(t *testing.T, b *bed, d, step, delay time.Duration) int {
 			}
 			ids[m.id] = true
 			to := w[1].link
-			time.AfterFunc(time.Duration(m.seq*7919)%delay, func() {
+			time.AfterFunc(mrand.N(delay), func() {
 				if _, drop, ok := m.open(to); !ok {
 					t.Errorf("session %08x, frame %d: dropped as %v", m.id, m.seq, drop)
 				}
@@ -62,6 +63,38 @@ func TestRekeyByBytes(t *testing.T) {
 		within(t, 5*time.Second, "session", b.sealed)
 		if n := traffic(t, b, 30*time.Second, 5*time.Millisecond, 20*time.Millisecond); n < 5 {
 			t.Errorf("%d sessions for 42 kB of 7", n)
+		}
+	})
+}
+
+// TestRekeyIsKept: what comes under the session before, while the peer has not heard of the new one, is no reason to go back to it. A node that did would want a new session at once, again and again.
+func TestRekeyIsKept(t *testing.T) {
+	inBubble(t, pskConfigs, func(t *testing.T, b *bed) {
+		slow := func(d []byte, deliver func([]byte)) { time.AfterFunc(300*time.Millisecond, func() { deliver(d) }) }
+		b.a.to.set(slow)
+		b.b.to.set(slow)
+		b.a.start()
+		b.b.start()
+		within(t, 5*time.Second, "session", b.sealed)
+		time.Sleep(10 * time.Second) // whatever crossed is over
+		before := b.a.link.Stats().Handshakes
+		const rekeys = 30
+		left := map[uint32]bool{} // sessions that a has gone on from
+		current := b.a.link.Session().ID()
+		for range rekeys {
+			b.a.link.Rekey()
+			for range 11 { // of which the sum is no multiple of the second at which sessions are looked at
+				traffic(t, b, 77*time.Millisecond, 11*time.Millisecond, 600*time.Millisecond)
+				if id := b.a.link.Session().ID(); id != current {
+					if left[id] {
+						t.Fatalf("back to session %08x", id)
+					}
+					left[current], current = true, id
+				}
+			}
+		}
+		if n := b.a.link.Stats().Handshakes - before; n != rekeys {
+			t.Errorf("%d handshakes for %d rekeys", n, rekeys)
 		}
 	})
 }
