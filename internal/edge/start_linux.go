@@ -221,6 +221,9 @@ func childFiles(std Stdio, sock, specFD int) []uintptr {
 			files[i] = f.Fd()
 		}
 	}
+	// Go's fork has descriptors without close-on-exec for a moment (uid_map). Taken for one to inherit, such a number would be another start's pipe by the time of its use.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	for fd := 3; fd < len(files); fd++ {
 		files[fd] = ^uintptr(0)
 		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
