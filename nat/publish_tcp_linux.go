@@ -43,7 +43,7 @@ func (p *Published) listenTCP(given *givenSockets) error {
 		if err != nil {
 			return p.bindError(&b, err)
 		}
-		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) // whom it accepts inherits that
+		noDelay(fd) // whom it accepts inherits that
 		p.tcp[i].fd = int32(fd)
 	}
 	// Only a range that is whole is served.
@@ -159,6 +159,7 @@ func (l *tcpListener) serve(fd int, client netip.AddrPort) {
 		}
 		slot := n.journal.put(addrPortOf(conn.RemoteAddr()), addrPortOf(conn.LocalAddr()), n.now())
 		if f := t.newFlow(t.pubFlows, container, fd, conn, slot); f != nil {
+			f.wrote = 2 // TCP_NODELAY is on
 			f.startWith()
 		}
 	})

@@ -1,6 +1,7 @@
 package nat
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -59,7 +60,6 @@ func connect(dst netip.AddrPort, port uint16) (fd int, done bool, err error) {
 	if err != nil {
 		return -1, false, err
 	}
-	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	// A port that was bound with this may be bound again while its old connection is in TIME-WAIT; see recycler.
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 	if port != 0 {
@@ -94,13 +94,21 @@ func bindPort(fd, family int, port uint16) error {
 	return unix.Bind(fd, &unix.SockaddrInet6{Port: int(port)})
 }
 
-// localAddr is the address and port that a socket is bound to.
+// localAddr is the address and port that a socket is bound to. It asks the kernel itself: unix.Getsockname asks for the protocol as well, in a system call of its own.
 func localAddr(fd int) netip.AddrPort {
-	sa, err := unix.Getsockname(fd)
-	if err != nil {
+	var sa unix.RawSockaddrInet6 // the longer one; the port is in the same place in both
+	n := uint32(unsafe.Sizeof(sa))
+	if _, _, e := unix.RawSyscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&n))); e != 0 {
 		return netip.AddrPort{}
 	}
-	return addrPort(sa)
+	port := binary.BigEndian.Uint16((*[2]byte)(unsafe.Pointer(&sa.Port))[:])
+	switch sa.Family {
+	case unix.AF_INET:
+		return netip.AddrPortFrom(netip.AddrFrom4((*unix.RawSockaddrInet4)(unsafe.Pointer(&sa)).Addr), port)
+	case unix.AF_INET6:
+		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), port)
+	}
+	return netip.AddrPort{}
 }
 
 // sockErr takes the pending error of a socket.
@@ -119,6 +127,8 @@ func sockErr(fd int) error {
 func resetSock(fd int) {
 	unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 }
+
+func noDelay(fd int) { unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) }
 
 func keepAlive(fd int) {
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)

@@ -24,6 +24,9 @@ func (f *tcpFlow) ready(events uint32) {
 	if events&^unix.EPOLLOUT == 0 {
 		return
 	}
+	if events&^(unix.EPOLLOUT|unix.EPOLLIN) != 0 {
+		f.readOn.Store(true)
+	}
 	for {
 		if f.down.CompareAndSwap(downIdle, downBusy) {
 			f.download(f.t.loopBuf[:], loopReads)
@@ -75,6 +78,8 @@ func (f *tcpFlow) download(b []byte, turns int) {
 				if !f.giveRest() {
 					return
 				}
+			case n < len(b) && !f.readOn.Load() && f.pause(): // what comes from now on is an event
+				return
 			case turns > 0:
 			case f.waits(): // others come first
 				f.t.n.streams.post(f.again)
@@ -84,10 +89,9 @@ func (f *tcpFlow) download(b []byte, turns int) {
 				return
 			}
 		case errors.Is(err, unix.EAGAIN):
-			if f.down.CompareAndSwap(downBusy, downIdle) {
+			if f.pause() {
 				return
 			}
-			f.down.Store(downBusy)
 		case err == nil:
 			if f.proven.Load() {
 				f.hostEnd()
@@ -100,6 +104,15 @@ func (f *tcpFlow) download(b []byte, turns int) {
 			return
 		}
 	}
+}
+
+// pause is called when the host's socket has no more, and is false when an event came meanwhile. f.down is downBusy, and is no more after true.
+func (f *tcpFlow) pause() bool {
+	if f.down.CompareAndSwap(downBusy, downIdle) {
+		return true
+	}
+	f.down.Store(downBusy)
+	return false
 }
 
 // waits reports whether the loop goes on with this flow by itself, rather than a goroutine. f.down is downBusy.
@@ -172,10 +185,9 @@ func (f *tcpFlow) downloadSlow() {
 		case n > 0:
 		case errors.Is(err, unix.EAGAIN):
 			n = 0
-			if f.down.CompareAndSwap(downBusy, downIdle) {
+			if f.pause() {
 				return
 			}
-			f.down.Store(downBusy)
 		case err == nil:
 			f.hostEnd()
 			return
@@ -193,7 +205,9 @@ func (f *tcpFlow) hostEnd() {
 		return
 	}
 	f.down.Store(downDone)
-	f.checkReset()
+	if f.ended.Load() == 0 { // else the flow ends now
+		f.checkReset()
+	}
 	if !f.first.CompareAndSwap(0, fromHost) && f.port != 0 && !f.over.Load() {
 		f.t.recycler.put(f.to, f.port, f.t.n.now()) // our FIN was the first, so ours is the TIME-WAIT
 	}

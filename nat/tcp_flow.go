@@ -36,9 +36,11 @@ type tcpFlow struct {
 	fd     int
 	closed bool
 	outOn  bool // EPOLLOUT is asked for; under wr
+	wrote  int8 // calls of TryWrite, up to 2; under wr
 
 	down   atomic.Int32 // who reads fd: downIdle and so on
 	again  func()       // goOn, once waits has been true
+	readOn atomic.Bool  // a FIN, a reset or urgent data has been announced: a read that brings less than it asks for is not the last
 	rest   *buf         // what the container has not taken, from restAt on, or nil; used by who is downBusy
 	restAt int
 	roomed atomic.Bool // the container has taken bytes since giveRest last tried
@@ -59,8 +61,8 @@ const (
 )
 
 // flowEvents are what a flow's socket is watched for. Edge-triggered, so that nothing needs to be switched off while a goroutine reads. EPOLLOUT joins
-// them once the socket was full: before that it would be one useless wake-up for every connection.
-const flowEvents = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET&0xffffffff
+// them once the socket was full: before that it would be one useless wake-up for every connection. EPOLLPRI, since a read stops in front of urgent data.
+const flowEvents = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET&0xffffffff
 
 // newFlow registers a flow for an established host socket, or returns nil when the NAT is closed; the socket is closed then. The caller
 // has taken one of q for the container, and a slot of the journal, both of which the flow gives back at its end.
@@ -161,6 +163,11 @@ func (f *tcpFlow) TryWrite(b []byte) (int, error) {
 		return 0, unix.EPIPE
 	}
 	f.alive()
+	if f.wrote < 2 {
+		if f.wrote++; f.wrote == 2 { // the first finds nothing under way that Nagle's algorithm would have it wait for
+			noDelay(f.fd)
+		}
+	}
 	n, err := sysWrite(f.fd, b)
 	if n == len(b) {
 		return n, nil
