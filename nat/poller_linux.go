@@ -24,8 +24,9 @@ type pollHandler interface {
 //
 // All methods may be called from any goroutine, before and during run.
 type poller struct {
-	epfd int
-	wake int // eventfd
+	epfd  int
+	wake  int // eventfd
+	timer int // timerfd
 
 	mu      sync.Mutex
 	idle    sync.Cond // signalled when no handler runs; waits of remove
@@ -34,13 +35,26 @@ type poller struct {
 	running int  // descriptor whose handler runs now, or -1
 	asleep  bool // in epoll_wait, or about to be, and not woken yet
 	posted  []func()
-	spare   []func() // the other buffer of posted, reused
+	spare   []func()   // the other buffer of posted, reused
+	lates   []lateCall // in the order in which they are due, from first on
+	first   int
 	tick    func() time.Duration
 	tickAt  time.Time // zero: not armed
+	timerAt time.Time // when timer rings; zero: it does not
+	rung    bool      // it has: something is due
 	stopped bool      // Close was called
 	inRun   bool
 	freed   bool
 }
+
+// lateCall is what later was given.
+type lateCall struct {
+	at time.Time
+	h  interface{ Due() }
+}
+
+// laterBy is how late that is, at most; it may be half as late, so that the loop is woken once for all that is due in between.
+const laterBy = 8 * time.Millisecond
 
 // pollSlot is what is known of one descriptor; slots is indexed by descriptor, which the kernel keeps small and dense.
 type pollSlot struct {
@@ -58,9 +72,20 @@ func newPoller() (*poller, error) {
 		unix.Close(epfd)
 		return nil, fmt.Errorf("nat: eventfd: %w", err)
 	}
-	p := &poller{epfd: epfd, wake: wake, running: -1}
+	timer, err := unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_NONBLOCK|unix.TFD_CLOEXEC)
+	if err != nil {
+		unix.Close(wake)
+		unix.Close(epfd)
+		return nil, fmt.Errorf("nat: timerfd: %w", err)
+	}
+	p := &poller{epfd: epfd, wake: wake, timer: timer, running: -1}
 	p.idle.L = &p.mu
-	if err := unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, wake, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(wake)}); err != nil {
+	err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, wake, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(wake)})
+	if err == nil { // edge-triggered: each time it rings is told once, and nobody need read it
+		err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, timer, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET&0xffffffff, Fd: int32(timer)})
+	}
+	if err != nil {
+		unix.Close(timer)
 		unix.Close(wake)
 		unix.Close(epfd)
 		return nil, fmt.Errorf("nat: epoll: %w", err)
@@ -159,6 +184,56 @@ func (p *poller) post(f func()) bool {
 	return true
 }
 
+// later has h.Due called on the loop in laterBy, or half of it. It is false, and does nothing, when the loop does not run. It costs a system call and a wake-up at most twice in laterBy.
+func (p *poller) later(h interface{ Due() }) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stopped || !p.inRun {
+		return false
+	}
+	if p.first > 64 && 2*p.first > len(p.lates) {
+		n := copy(p.lates, p.lates[p.first:])
+		clear(p.lates[n:])
+		p.lates, p.first = p.lates[:n], 0
+	}
+	at := time.Now().Add(laterBy)
+	p.lates = append(p.lates, lateCall{at, h})
+	p.ringAt(at)
+	return true
+}
+
+// ringAt has timer ring at t or before. It is a timer of its own, which rings for all that waits, and not the timeout of epoll_wait, which the kernel would have to set up and take down whenever the loop sleeps. p.mu is held.
+func (p *poller) ringAt(t time.Time) {
+	if p.freed || !p.timerAt.IsZero() && !t.Before(p.timerAt) {
+		return
+	}
+	in := unix.NsecToTimespec(int64(max(time.Until(t), 1)))
+	if err := unix.TimerfdSettime(p.timer, 0, &unix.ItimerSpec{Value: in}, nil); err == nil { // it fails for times that make no sense
+		p.timerAt = t
+	}
+}
+
+// runLate calls what is due and says when the next is, or gives the zero time. p.mu is held, but not during the calls.
+func (p *poller) runLate() (next time.Time) {
+	if p.first == len(p.lates) {
+		return time.Time{}
+	}
+	for until := time.Now().Add(laterBy / 2); p.first < len(p.lates); {
+		l := &p.lates[p.first]
+		if l.at.After(until) {
+			return l.at
+		}
+		h := l.h
+		l.h = nil
+		p.first++
+		p.mu.Unlock()
+		h.Due()
+		p.mu.Lock()
+	}
+	p.lates, p.first = p.lates[:0], 0
+	return time.Time{}
+}
+
 // setTick sets the one periodic function of the loop; it returns how long until it wants to be called again, zero for not before armTick.
 func (p *poller) setTick(f func() time.Duration) {
 	p.mu.Lock()
@@ -173,9 +248,7 @@ func (p *poller) armTick(d time.Duration) {
 	at := time.Now().Add(d)
 	if p.tickAt.IsZero() || at.Before(p.tickAt) {
 		p.tickAt = at
-		if p.inRun {
-			p.kick()
-		}
+		p.ringAt(at)
 	}
 }
 
@@ -212,9 +285,13 @@ func (p *poller) run(ctx context.Context) error {
 func (p *poller) loop() error {
 	var evs [pollBatch]unix.EpollEvent
 	for {
-		timeout, stopped := p.due()
+		wait, stopped := p.due()
 		if stopped {
 			return nil
+		}
+		timeout := -1
+		if !wait {
+			timeout = 0
 		}
 		n, err := unix.EpollWait(p.epfd, evs[:], timeout)
 		if err != nil && err != unix.EINTR {
@@ -236,6 +313,11 @@ func (p *poller) dispatch(ev *unix.EpollEvent) {
 		return
 	}
 	p.mu.Lock()
+	if fd == p.timer {
+		p.rung = true
+		p.mu.Unlock()
+		return
+	}
 	p.asleep = false
 	s := p.slots[fd]
 	if s.h == nil || s.gen != uint32(ev.Pad) {
@@ -273,24 +355,29 @@ func (p *poller) runPosted() {
 	p.mu.Unlock()
 }
 
-// due runs the tick if it is time and says how long epoll_wait may block, in milliseconds.
-func (p *poller) due() (timeout int, stopped bool) {
+// due runs what is due, the tick and what later was given, and says whether epoll_wait may wait.
+func (p *poller) due() (wait, stopped bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	defer func() {
-		if len(p.posted) > 0 {
-			timeout = 0
+	if p.rung {
+		p.rung, p.timerAt, p.asleep = false, time.Time{}, false
+		p.runTick()
+		next := p.runLate()
+		if p.tick != nil && !p.tickAt.IsZero() && (next.IsZero() || p.tickAt.Before(next)) {
+			next = p.tickAt
 		}
-		p.asleep = timeout != 0
-	}()
-	if p.stopped {
-		return 0, true
+		if !next.IsZero() {
+			p.ringAt(next)
+		}
 	}
-	if p.tickAt.IsZero() || p.tick == nil {
-		return -1, false
-	}
-	if wait := time.Until(p.tickAt); wait > 0 {
-		return int(min(wait/time.Millisecond+1, 1<<30)), false
+	p.asleep = !p.stopped && len(p.posted) == 0
+	return p.asleep, p.stopped
+}
+
+// runTick runs the tick if it is time. p.mu is held, but not during the call.
+func (p *poller) runTick() {
+	if p.tick == nil || p.tickAt.IsZero() || time.Until(p.tickAt) > 0 {
+		return
 	}
 	p.tickAt = time.Time{}
 	f := p.tick
@@ -302,10 +389,6 @@ func (p *poller) due() (timeout int, stopped bool) {
 			p.tickAt = at
 		}
 	}
-	if p.tickAt.IsZero() {
-		return -1, p.stopped
-	}
-	return int(max(0, time.Until(p.tickAt)/time.Millisecond+1)), p.stopped
 }
 
 // stop asks run to return; it does not wait for it.
@@ -329,6 +412,7 @@ func (p *poller) close() {
 		p.freed = true
 		unix.Close(p.epfd)
 		unix.Close(p.wake)
-		p.slots, p.posted, p.spare = nil, nil, nil
+		unix.Close(p.timer)
+		p.slots, p.posted, p.spare, p.lates, p.first = nil, nil, nil, nil, 0
 	}
 }

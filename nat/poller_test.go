@@ -167,6 +167,79 @@ func TestPollerTick(t *testing.T) {
 	testbed.Eventually(t, 2*time.Second, func() bool { return n.Load() == 4 })
 }
 
+type dueFunc func()
+
+func (f dueFunc) Due() { f() }
+
+// What is put off comes in order and not early, also where the loop sleeps.
+func TestPollerLater(t *testing.T) {
+	p := startPoller(t)
+	asleep := func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.asleep
+	}
+	testbed.Eventually(t, 2*time.Second, asleep)
+	start, came := time.Now(), make(chan time.Duration, 1)
+	if !p.later(dueFunc(func() { came <- time.Since(start) })) {
+		t.Fatal("not taken")
+	}
+	if d := <-came; d < laterBy/2 {
+		t.Fatalf("after %v", d)
+	}
+	const n = 200 // more than are kept before those that are done are cleared away
+	type call struct {
+		i     int
+		early time.Duration
+	}
+	calls := make(chan call, n)
+	taken := make(chan int, 1)
+	p.post(func() {
+		k := 0
+		for i := range n {
+			start := time.Now()
+			if p.later(dueFunc(func() { calls <- call{i, laterBy/2 - time.Since(start)} })) {
+				k++
+			}
+			if i == n/2 {
+				p.post(func() { time.Sleep(time.Millisecond) }) // the loop has other things to do as well
+			}
+		}
+		taken <- k
+	})
+	if k := <-taken; k != n {
+		t.Fatalf("%d of %d taken", k, n)
+	}
+	for i := range n {
+		select {
+		case c := <-calls:
+			if c.i != i || c.early > 0 {
+				t.Fatalf("call %d is number %d, %v early", i, c.i, c.early)
+			}
+		case <-time.After(5 * time.Second):
+			t.Fatalf("call %d never came", i)
+		}
+	}
+	// Of those that are put off again and again none is lost.
+	var again func()
+	left := 5
+	done := make(chan struct{})
+	again = func() {
+		if left--; left == 0 {
+			close(done)
+		} else if !p.later(dueFunc(again)) {
+			t.Error("not taken on the loop")
+		}
+	}
+	p.post(again)
+	select {
+	case <-done:
+	case <-time.After(5 * time.Second):
+		t.Fatal("lost")
+	}
+	testbed.Eventually(t, 2*time.Second, asleep)
+}
+
 func TestPollerContext(t *testing.T) {
 	p, err := newPoller()
 	if err != nil {

@@ -112,6 +112,7 @@ func (nw *network) addGateway(t testing.TB, cfg Config) {
 		t.Fatal(err)
 	}
 	l.n, udp.h, icmp.h = n, n.UDP(), n.ICMP()
+	gw.DelayACKs(n.Later)
 	port, err := nw.sw.AddPort(gw, vswitch.PortConfig{Name: "gateway"})
 	if err != nil {
 		t.Fatal(err)

@@ -4,6 +4,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"patchbay/stack"
 )
 
 // watch is a foreign descriptor on the loop of streams.
@@ -32,3 +34,6 @@ func (w *watch) ready(uint32) {
 		w.gone(err)
 	}
 }
+
+// Later has the loop that serves TCP call h.Due 4 to 8 ms from now; where many ask, one timer serves all. It is false, and h is not called, when the loop does not run. It is what stack.Gateway.DelayACKs wants.
+func (n *NAT) Later(h stack.Later) bool { return n.streams.later(h) }

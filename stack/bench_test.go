@@ -21,6 +21,7 @@ type lastFrame struct {
 	n      int
 	end    uint32
 	seq    uint32
+	ack    uint32
 	flags  byte
 	onSend func()
 }
@@ -33,8 +34,8 @@ func (l *lastFrame) Forward(fs []frame.Frame) {
 		}
 		l.n++
 		t := d[34:]
-		l.seq, l.flags = binary.BigEndian.Uint32(t[4:]), t[13]
-		l.end = l.seq + uint32(len(t)-int(t[12]>>4)*4)
+		l.seq, l.ack, l.flags = binary.BigEndian.Uint32(t[4:]), binary.BigEndian.Uint32(t[8:]), t[13]
+		l.end = l.seq + uint32(len(t)-tcpHeaderLen(t))
 	}
 	if l.onSend != nil {
 		l.onSend()

@@ -36,6 +36,7 @@ type Gateway struct {
 	ipID  atomic.Uint32
 
 	tcp     netstack
+	later   func(Later) bool // of DelayACKs, or nil
 	flows   flowTable
 	mem     memory
 	pending pendingTable

@@ -72,7 +72,7 @@ func (g *Gateway) request(p *Packet, key flowKey) {
 		g.reset(p)
 		return
 	}
-	hdr := p.IP.HdrLen + int(p.L4()[12]>>4)*4
+	hdr := p.IP.HdrLen + tcpHeaderLen(p.L4())
 	if hdr > maxSYN {
 		g.drops.Add(frame.DropMalformed, 1)
 		return

@@ -95,7 +95,7 @@ func (g *Gateway) sortTCP(b *batch, p *Packet) {
 		g.drops.Add(frame.DropMalformed, 1)
 		return
 	}
-	if off := int(l4[12]>>4) * 4; off < wire.TCPLen || off > len(l4) {
+	if off := tcpHeaderLen(l4); off < wire.TCPLen || off > len(l4) {
 		g.drops.Add(frame.DropMalformed, 1)
 		return
 	}
@@ -129,7 +129,7 @@ func (g *Gateway) sortTCP(b *batch, p *Packet) {
 			g.enqueue(c, &b.ack)
 			b.acked = false
 		}
-		if n := len(l4) - int(l4[12]>>4)*4; n > 0 && !c.mayReceive(n, binary.BigEndian.Uint32(l4[4:])) {
+		if n := len(l4) - tcpHeaderLen(l4); n > 0 && !c.mayReceive(n, binary.BigEndian.Uint32(l4[4:])) {
 			g.drops.Add(frame.DropMemory, 1)
 		} else if g.enqueue(c, p) {
 			b.flow = c
@@ -175,7 +175,7 @@ func bareACK(l4 []byte) bool {
 	if l4[13] != tcpACK {
 		return false
 	}
-	switch off := int(l4[12]>>4) * 4; off {
+	switch off := tcpHeaderLen(l4); off {
 	case wire.TCPLen:
 		return len(l4) == off
 	case wire.TCPLen + 12:
@@ -189,6 +189,9 @@ func supersedes(l4, earlier []byte) bool {
 	return binary.BigEndian.Uint32(l4[4:]) == binary.BigEndian.Uint32(earlier[4:]) && int32(binary.BigEndian.Uint32(l4[8:])-binary.BigEndian.Uint32(earlier[8:])) > 0
 }
 
+// tcpHeaderLen is what the TCP header l4 begins with says of its own length, in bytes.
+func tcpHeaderLen(l4 []byte) int { return int(l4[12]>>4) * 4 }
+
 // inPacket copies the IP packet of p into a buffer of netstack's, sized to it.
 func inPacket(p *Packet) *gstack.PacketBuffer {
 	v := buffer.NewView(p.IP.Len)
@@ -197,7 +200,7 @@ func inPacket(p *Packet) *gstack.PacketBuffer {
 	pkt.NetworkProtocolNumber = netProto(p.IP.Src)
 	pkt.NetworkHeader().Consume(p.IP.HdrLen)
 	pkt.TransportProtocolNumber = tcp.ProtocolNumber
-	pkt.TransportHeader().Consume(int(p.L4()[12]>>4) * 4)
+	pkt.TransportHeader().Consume(tcpHeaderLen(p.L4()))
 	pkt.NICID = nicID
 	pkt.RXChecksumValidated = true
 	return pkt
@@ -295,7 +298,7 @@ func (c *conn) processOnce() {
 	if c.endTimeWait() { // here and not by a timer, which costs each connection a wake-up of another thread
 		c.g.flows.remove(c)
 	}
-	c.ack.flush(c.g)
+	c.flushACK()
 	c.count()
 	c.busy.Add(-1)
 }
@@ -326,7 +329,7 @@ func (g *Gateway) reset(p *Packet) {
 	l4 := p.L4()
 	seq, ack := binary.BigEndian.Uint32(l4[4:]), binary.BigEndian.Uint32(l4[8:])
 	flags := l4[13]
-	n := uint32(len(l4) - int(l4[12]>>4)*4)
+	n := uint32(len(l4) - tcpHeaderLen(l4))
 	if flags&tcpSYN != 0 {
 		n++
 	}

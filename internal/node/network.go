@@ -240,6 +240,7 @@ func (n *Network) openGateway() error {
 	if err != nil {
 		return err
 	}
+	n.gw.DelayACKs(n.nat.Later)
 	resolver := dns.Config{Network: n.gw, Local: n.cfg.Internal, Upstreams: n.cfg.DNS, Drops: n.drops, Logger: n.log}
 	if n.cfg.Others != nil {
 		resolver.Others = n.otherResolvers
