@@ -54,7 +54,7 @@ type lateCall struct {
 }
 
 // laterBy is how late that is, at most; it may be half as late, so that the loop is woken once for all that is due in between.
-const laterBy = 8 * time.Millisecond
+const laterBy = 4 * time.Millisecond
 
 // pollSlot is what is known of one descriptor; slots is indexed by descriptor, which the kernel keeps small and dense.
 type pollSlot struct {
@@ -213,14 +213,13 @@ func (p *poller) ringAt(t time.Time) {
 	}
 }
 
-// runLate calls what is due and says when the next is, or gives the zero time. p.mu is held, but not during the calls.
-func (p *poller) runLate() (next time.Time) {
-	if p.first == len(p.lates) {
-		return time.Time{}
-	}
-	for until := time.Now().Add(laterBy / 2); p.first < len(p.lates); {
+const forever = time.Duration(1<<63 - 1)
+
+// runLate calls what is due within d and says when the next is, or gives the zero time. p.mu is held, but not during the calls.
+func (p *poller) runLate(d time.Duration) (next time.Time) {
+	for now := time.Now(); p.first < len(p.lates); {
 		l := &p.lates[p.first]
-		if l.at.After(until) {
+		if l.at.Sub(now) > d {
 			return l.at
 		}
 		h := l.h
@@ -276,6 +275,7 @@ func (p *poller) run(ctx context.Context) error {
 	err := p.loop()
 	p.mu.Lock()
 	p.stopped = true
+	p.runLate(forever) // whoever waits is to know that nobody looks after him any more
 	p.inRun = false
 	p.idle.Broadcast()
 	p.mu.Unlock()
@@ -362,7 +362,7 @@ func (p *poller) due() (wait, stopped bool) {
 	if p.rung {
 		p.rung, p.timerAt, p.asleep = false, time.Time{}, false
 		p.runTick()
-		next := p.runLate()
+		next := p.runLate(laterBy / 2)
 		if p.tick != nil && !p.tickAt.IsZero() && (next.IsZero() || p.tickAt.Before(next)) {
 			next = p.tickAt
 		}

@@ -187,7 +187,7 @@ func TestPollerLater(t *testing.T) {
 	if d := <-came; d < laterBy/2 {
 		t.Fatalf("after %v", d)
 	}
-	const n = 200 // more than are kept before those that are done are cleared away
+	const n = 200 // more than three times as many as are done before their places are used again
 	type call struct {
 		i     int
 		early time.Duration
@@ -220,24 +220,39 @@ func TestPollerLater(t *testing.T) {
 			t.Fatalf("call %d never came", i)
 		}
 	}
-	// Of those that are put off again and again none is lost.
-	var again func()
-	left := 5
-	done := make(chan struct{})
-	again = func() {
-		if left--; left == 0 {
-			close(done)
-		} else if !p.later(dueFunc(again)) {
-			t.Error("not taken on the loop")
+	// None is lost of those that are put off while many are called.
+	var again sync.WaitGroup
+	again.Add(n)
+	p.post(func() {
+		for range n {
+			p.later(dueFunc(func() {
+				if !p.later(dueFunc(again.Done)) {
+					t.Error("not taken on the loop")
+				}
+			}))
 		}
-	}
-	p.post(again)
+	})
+	done := make(chan struct{})
+	go func() { again.Wait(); close(done) }()
 	select {
 	case <-done:
 	case <-time.After(5 * time.Second):
 		t.Fatal("lost")
 	}
-	testbed.Eventually(t, 2*time.Second, asleep)
+	// Nor when the loop ends.
+	ended := make(chan bool, 1)
+	p.post(func() {
+		p.later(dueFunc(func() { ended <- p.later(dueFunc(func() {})) }))
+		p.stop()
+	})
+	select {
+	case again := <-ended:
+		if again {
+			t.Error("taken by a loop that has ended")
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("lost at the end")
+	}
 }
 
 func TestPollerContext(t *testing.T) {

@@ -70,10 +70,14 @@ func testTCPBehindAShortRead(t *testing.T, cfg Config) {
 			if _, err := io.ReadFull(in, b); string(b) != "beforebehind" || err != nil {
 				t.Fatalf("with urgent data: %q, %v", b, err)
 			}
+			in.Close()
+
+			in, out = join(t, nw.cs[0], l)
 			nw.holdLoop(t, func() {
 				io.WriteString(out, "lost or not")
 				out.SetLinger(0)
 				out.Close()
+				time.Sleep(5 * time.Millisecond)
 			})
 			if b, err := io.ReadAll(in); err == nil {
 				t.Fatalf("with a reset: %q and no error", b)

@@ -35,5 +35,5 @@ func (w *watch) ready(uint32) {
 	}
 }
 
-// Later has the loop that serves TCP call h.Due 4 to 8 ms from now; where many ask, one timer serves all. It is false, and h is not called, when the loop does not run. It is what stack.Gateway.DelayACKs wants.
+// Later has the loop that serves TCP call h.Due 2 to 4 ms from now, or when it ends; where many ask, one timer serves all. It is false, and h is not called, when the loop does not run. It is what stack.Gateway.DelayACKs wants.
 func (n *NAT) Later(h stack.Later) bool { return n.streams.later(h) }

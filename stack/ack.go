@@ -14,12 +14,12 @@ import (
 
 // Later has something done a short while from now.
 type Later interface {
-	// Due is called once for each time Later took its receiver, on a goroutine that holds no lock.
+	// Due is called once for each time that it was taken, on a goroutine that holds no lock.
 	Due()
 }
 
 // DelayACKs has acknowledgements of less than one segment wait for the answer that is likely to follow, as a kernel's do (RFC 9293 §3.8.6.3): an answer then is one frame to the
-// container, and not two. later has h called a few milliseconds from now, at least 2 and at most 50; it is false, and h is not called, where that would cost more than the frame that it is to save.
+// container, and not two. later has h.Due called a few milliseconds from now, at least 2 and at most 20; it is false, and h.Due is not called, where nobody could.
 // Without DelayACKs every acknowledgement goes out at once. Call it before Connect.
 func (g *Gateway) DelayACKs(later func(h Later) bool) { g.later = later }
 
@@ -34,11 +34,13 @@ type heldACK struct {
 	have   bool
 	frame  frame.Frame
 	ack    uint32 // of frame
+	gap    bool   // frame tells of one, by SACK blocks
 	buf    [wire.EthernetLen + wire.IPv6Len + 60]byte
 
 	acked uint32 // the newest that was sent, alone or with data
 	// What waits longer. Each wait has a number; one that Due finds under way and knows from the time before has lasted long enough.
 	waits   bool // frame does
+	second  bool // frame has taken the place of one that did: every second one goes out at once (RFC 9293 §3.8.6.3), or small segments that keep coming would never be acknowledged
 	number  uint32
 	queued  bool   // Due will be called
 	queuedN uint32 // number as of then
@@ -69,17 +71,19 @@ func (a *heldACK) hold(g *Gateway, t *tx, f *frame.Frame, p *gstack.PacketBuffer
 		}
 		return false
 	}
-	a.have, a.waits = false, false // what f carries is newer
+	second := a.have && a.waits
+	a.have, a.waits, a.second = false, false, false // what f carries is newer
 	if !bare || a.opened == 0 {
 		a.acked = h.AckNumber()
 		return false
 	}
 	a.frame = frame.Frame{Hdr: f.Hdr, Data: a.buf[:copy(a.buf[:], f.Data)]}
-	a.have, a.ack = true, h.AckNumber()
+	a.have, a.ack, a.second = true, h.AckNumber(), second
+	a.gap = !bareACK(h)
 	return true
 }
 
-// flush is called when a goroutine leaves process. The last one sends what is held, unless it may wait.
+// flushACK is called when a goroutine leaves process. The last one sends what is held, unless it may wait.
 func (c *conn) flushACK() {
 	a := &c.ack
 	a.mu.Lock()
@@ -103,10 +107,10 @@ func (c *conn) flushACK() {
 	c.sendACK()
 }
 
-// mayWait reports whether the held acknowledgement is of less than a segment, and an answer to be expected. c.ack.mu is held.
+// mayWait reports whether the held acknowledgement is of less than a segment, and an answer to be expected. What tells of loss never waits. c.ack.mu is held.
 func (c *conn) mayWait() bool {
 	a := &c.ack
-	if c.g.later == nil {
+	if c.g.later == nil || a.second || a.gap {
 		return false
 	}
 	if a.quick > 0 {
@@ -125,6 +129,9 @@ func (c *conn) Due() {
 	a := &c.ack
 	a.mu.Lock()
 	a.queued = false
+	if a.waits && c.dead() { // a reset of the container's
+		a.have, a.waits = false, false
+	}
 	if !a.waits {
 		a.mu.Unlock()
 		return

@@ -2,6 +2,8 @@ package stack
 
 import (
 	"testing"
+
+	"patchbay/internal/wire"
 )
 
 // delays is a byHandConn whose acknowledgements may wait, and what they wait for.
@@ -11,8 +13,8 @@ type delays struct {
 	queue  []Later
 }
 
-func newDelays(t *testing.T) *delays {
-	d := &delays{byHandConn: newByHandConn(t)}
+func newDelays(t *testing.T, options ...byte) *delays {
+	d := &delays{byHandConn: newByHandConn(t, options...)}
 	d.g.DelayACKs(func(h Later) bool {
 		if !d.refuse {
 			d.queue = append(d.queue, h)
@@ -105,24 +107,20 @@ func TestACKsThatDoNotWait(t *testing.T) {
 			t.Errorf("%d frames", n)
 		}
 	})
-	t.Run("of small ones that make a segment", func(t *testing.T) {
+	t.Run("every second", func(t *testing.T) {
 		d := newDelays(t)
-		if n := d.say(1000); n != 0 {
-			t.Fatalf("%d frames for the first", n)
-		}
-		if n := d.say(1000); n != 1 || d.sink.ack != d.seq {
-			t.Errorf("%d frames for both, acknowledging %d of %d", n, d.sink.ack, d.seq)
-		}
-		if n := d.due(); n != 0 {
-			t.Errorf("%d frames more", n)
+		for i := range 6 {
+			if n := d.say(10); n != i%2 || n == 1 && d.sink.ack != d.seq {
+				t.Fatalf("segment %d made %d frames, the last acknowledging %d of %d", i, n, d.sink.ack, d.seq)
+			}
 		}
 	})
 	t.Run("duplicate", func(t *testing.T) {
 		d := newDelays(t)
 		d.say(10)
 		d.seq -= 10 // the container has not heard of it
-		if n := d.say(10); n == 0 || d.sink.ack != d.seq {
-			t.Errorf("%d frames for data that was sent again", n)
+		if n := d.say(10); n != 2 || d.sink.ack != d.seq {
+			t.Errorf("%d frames for data that was sent again, want what waited and the duplicate", n)
 		}
 	})
 	t.Run("after a gap", func(t *testing.T) {
@@ -132,7 +130,19 @@ func TestACKsThatDoNotWait(t *testing.T) {
 			t.Errorf("%d frames, acknowledging %d", n, d.sink.ack)
 		}
 	})
-	t.Run("where the loop sleeps", func(t *testing.T) {
+	t.Run("with a gap behind", func(t *testing.T) {
+		d := newDelays(t, sackPermitted...)
+		first := d.segment(make([]byte, 10))
+		d.seq += 1010
+		behind := d.segment(make([]byte, 10))
+		d.seq -= 1000
+		before := d.sink.n
+		send(d.g, first, behind)
+		if d.sink.n == before || d.sink.ack != d.seq {
+			t.Errorf("%d frames, acknowledging %d", d.sink.n-before, d.sink.ack)
+		}
+	})
+	t.Run("where nobody can", func(t *testing.T) {
 		d := newDelays(t)
 		d.refuse = true
 		if n := d.say(10); n != 1 || d.sink.ack != d.seq {
@@ -155,8 +165,13 @@ func TestACKWaitsAtTheEnd(t *testing.T) {
 	d = newDelays(t)
 	d.say(10)
 	d.c.Reset()
-	before = d.sink.n
-	if d.due(); d.sink.n != before {
-		t.Error("an acknowledgement behind a reset")
+	if n := d.due(); n != 0 {
+		t.Error("an acknowledgement behind our reset")
+	}
+	d = newDelays(t)
+	d.say(10)
+	send(d.g, ipPacket(con4, far4, wire.ProtoTCP, 64, tcpSegment(1000, 80, d.seq, d.ack, tcpRST|tcpACK, nil)))
+	if n := d.due(); n != 0 {
+		t.Error("an acknowledgement behind the container's reset")
 	}
 }

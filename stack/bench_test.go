@@ -8,6 +8,9 @@ import (
 	"patchbay/internal/wire"
 )
 
+// sackPermitted is an option for newByHandConn.
+var sackPermitted = []byte{1, 1, 4, 2}
+
 // byHandConn is an established connection of the gateway's with a container that exists in this test alone.
 type byHandConn struct {
 	g        *Gateway
@@ -42,7 +45,7 @@ func (l *lastFrame) Forward(fs []frame.Frame) {
 	}
 }
 
-func newByHandConn(b testing.TB) *byHandConn {
+func newByHandConn(b testing.TB, options ...byte) *byHandConn {
 	b.Helper()
 	h := &byHandConn{sink: &lastFrame{}}
 	cfg := testConfig()
@@ -63,8 +66,8 @@ func newByHandConn(b testing.TB) *byHandConn {
 	g.Connect(func() frame.Sink { return h.sink })
 	g.SetNeighbor(con4, conMAC)
 	// MSS 1460, window scale 10.
-	syn := tcpSegment(1000, 80, 0, 0, tcpSYN, []byte{2, 4, 0x05, 0xb4, 1, 3, 3, 10})
-	syn[12] = 7 << 4
+	syn := tcpSegment(1000, 80, 0, 0, tcpSYN, append([]byte{2, 4, 0x05, 0xb4, 1, 3, 3, 10}, options...))
+	syn[12] = byte(len(syn)) / 4 << 4
 	send(g, ipPacket(con4, far4, wire.ProtoTCP, 64, syn))
 	h.seq, h.ack = 1, h.sink.seq+1
 	send(g, h.segment(nil))

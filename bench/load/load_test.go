@@ -117,7 +117,15 @@ func TestBrokenStreamIsCounted(t *testing.T) {
 			}
 			go func() { _, _ = io.Copy(in, out) }()
 			if first {
-				_, _ = io.CopyN(out, in, passed)
+				op := make([]byte, 9) // and the id
+				_, _ = io.ReadFull(in, op)
+				_, _ = out.Write(op)
+				_, _ = io.CopyN(out, in, passed-9)
+				for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+					if n, _, err := sunk(t.Context(), addr, getInt64(op[1:])); err != nil || n > 0 {
+						break // what is still on its way when the connection breaks is not counted
+					}
+				}
 				_ = in.(*net.TCPConn).SetLinger(0)
 				in.Close()
 			} else {

@@ -196,6 +196,9 @@ func (p *Process) spawn(spec *Spec, std Stdio, sock, specFD int, died chan<- sys
 
 // fork starts the edge process in namespaces of its own, or in those of the container that is joined.
 func (p *Process) fork(spec *Spec, argv []string, files []uintptr, attr *syscall.SysProcAttr) (int, error) {
+	// One after the other: what one fork has open for a moment without close-on-exec, a child of another that is forked just then would keep.
+	forking.Lock()
+	defer forking.Unlock()
 	if spec.mode() != NetContainer {
 		return syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{Env: edgeEnv, Files: files, Sys: attr})
 	}
@@ -205,6 +208,8 @@ func (p *Process) fork(spec *Spec, argv []string, files []uintptr, attr *syscall
 	}
 	return spec.Join.Start(netns.Command{Path: "/proc/self/exe", Args: argv, Env: edgeEnv, Files: fds, Guest: true})
 }
+
+var forking sync.Mutex
 
 // edgeEnv keeps the edge process small: it allocates a megabyte or two in all and mostly sleeps.
 var edgeEnv = []string{"GOGC=off", "GOMEMLIMIT=16MiB", "GOMAXPROCS=2", "GOTRACEBACK=none"}

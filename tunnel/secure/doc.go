@@ -61,7 +61,7 @@
 //
 // The initiator seals under a session as soon as it has it, and says so to the responder inside DTLS. The responder accepts under it at once and seals under it
 // when it has that word or the first datagram that opens under it, whichever comes first: nothing is sealed with keys that the other may not have yet. The session before stays open for what is still on its way
-// and ends when it was idle for 30 s.
+// and ends when it was idle for 30 s while the new one was not.
 //
 // When both start at once (glare) there are two sessions, and both hold. Both sides prefer the one with the greater id. They may still differ: because messages were lost, or because what crossed at one end
 // came one after the other at the other. Then each accepts what the other seals, and within seconds one side, which hears nothing under its own choice, goes over to the other's (patience). Of sessions that did not cross

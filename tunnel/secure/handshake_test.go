@@ -68,7 +68,7 @@ func TestGlare(t *testing.T) {
 			b.a.start()
 			b.b.start()
 			within(t, 5*time.Second, "session", b.sealed)
-			for range 200 { // each looks once a second, and goes over after one in which it has heard the other's choice alone
+			for range 400 { // each looks once a second, and goes over when it has heard the other's choice alone for up to seven; see patience
 				b.exchange(t)
 				time.Sleep(20 * time.Millisecond)
 			}

@@ -261,8 +261,8 @@ func (r *runner) look(now time.Time) {
 		switch {
 		case now.Sub(s.started) >= 2*l.cfg.RekeyAfter:
 			l.drop(s)
-		case s != cur && s.confirmed.Load() && s.quiet >= graceSeconds:
-			l.drop(s)
+		case s != cur && s.confirmed.Load() && s.quiet >= graceSeconds && (cur == nil || cur.quiet < s.quiet/2):
+			l.drop(s) // the peer uses the current one; when both are quiet, s may be its choice
 		}
 	}
 	if cur = l.current.Load(); cur != nil {
@@ -282,7 +282,7 @@ func (r *runner) look(now time.Time) {
 }
 
 // patience is for how many seconds nothing may have come under the current session before another one, which the peer uses, takes its place. The peer weighs the same two the other way around, maybe in the
-// same second, and were both to go over they would only have swapped: so no two sides of that have the same patience.
+// same second, and were both to go over they would only have swapped. So the two differ; where they do not, since only one side saw the handshakes cross, they do after that one swap.
 func patience(cur, s *Session) int {
 	switch {
 	case glare(cur, s):

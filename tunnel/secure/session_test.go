@@ -99,6 +99,61 @@ func TestRekeyIsKept(t *testing.T) {
 	})
 }
 
+// TestIdle: where both began at once, and each has chosen another session, neither ends the other's choice while nothing is said.
+func TestIdle(t *testing.T) {
+	for range 20 {
+		inBubble(t, pskConfigs, func(t *testing.T, b *bed) {
+			b.a.start()
+			b.b.start()
+			within(t, 5*time.Second, "session", b.sealed)
+			time.Sleep(5 * time.Minute)
+			b.exchange(t)
+		})
+	}
+}
+
+// TestGoesBack: a peer that has lost the newer session keeps to the one before, and is followed there within seconds, whichever of the two has the greater id.
+func TestGoesBack(t *testing.T) {
+	greater := map[bool]bool{}
+	for range 12 {
+		inBubble(t, pskConfigs, func(t *testing.T, b *bed) {
+			b.a.start()
+			b.b.start()
+			within(t, 5*time.Second, "session", b.sealed)
+			for range 45 { // whatever crossed is over, and has ended
+				b.exchange(t)
+				time.Sleep(time.Second)
+			}
+			older := b.b.link.Session()
+			b.a.link.Rekey()
+			within(t, 5*time.Second, "another session", func() bool { return b.b.link.Session() != older })
+			newer := b.b.link.Session()
+			b.exchange(t)
+			b.b.link.mu.Lock()
+			b.b.link.drop(newer)
+			b.b.link.mu.Unlock()
+			if b.b.link.Session() != older {
+				t.Fatal("b did not fall back")
+			}
+			greater[older.ID() > newer.ID()] = true
+			took := within(t, 9*time.Second, "a under the older session", func() bool {
+				if m, ok := seal(b.b.link, "here"); ok {
+					m.open(b.a.link)
+				}
+				time.Sleep(100 * time.Millisecond)
+				return b.a.link.Session().ID() == older.ID()
+			})
+			if took < 3*time.Second {
+				t.Errorf("after %v already", took)
+			}
+			b.exchange(t)
+		})
+	}
+	if len(greater) < 2 {
+		t.Error("only one of the two cases has come up")
+	}
+}
+
 // TestHardLimits: a session that cannot be followed by another ends, and nothing is sealed.
 func TestHardLimits(t *testing.T) {
 	small := func(t testing.TB) (a, b LinkConfig) {
