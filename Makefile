@@ -55,10 +55,11 @@ lint: ## gofmt, go vet and golangci-lint
 	@out=$$(git ls-files '*.go' | xargs gofmt -l); if [ -n "$$out" ]; then echo "gofmt would change: $$out"; exit 1; fi
 	$(TOOL) golangci-lint run --timeout 10m ./...
 
+BENCHTIME ?= 2s
 .PHONY: bench
-bench: build ## measure against the kernel and the peers side by side, for an hour; writes bench/results
+bench: build ## measure against the kernel and the peers side by side, BENCHTIME (2s) each, for an hour; writes bench/results
 	@script/deps bench
-	@$(BIN) bench all --time 2s --report bench/results
+	@$(BIN) bench all --time $(BENCHTIME) --report bench/results
 
 .PHONY: profile
 profile: build ## what a node does for each operation of each load: CPU, run queue, switches, system calls
