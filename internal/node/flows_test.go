@@ -115,7 +115,7 @@ func TestManyFlowsAndBack(t *testing.T) {
 }
 
 // TestShortConnections makes 60,000 connections from one container to one port, 16 at a time, and 10,000 to a server that speaks first: within
-// a minute, or where the machine is busy with other things at an eighth of what its kernel can do beside them; none failing, none slower than it may be.
+// a minute, none failing, none slower than it may be.
 func TestShortConnections(t *testing.T) {
 	testbed.Leaks(t)
 	_, addr := outsideLoad(t)
@@ -128,10 +128,7 @@ func TestShortConnections(t *testing.T) {
 	}
 	r := short(t, b, load.Config{Addr: addr, Count: many, Streams: 16})
 	if r.Elapsed > time.Minute {
-		kernel := newOutsider(t, testbed.Host(t)).do(ask{Short: &load.Config{Addr: addr, Count: 5000, Streams: 16}}).Result
-		if r.OpsPerSecond() < kernel.OpsPerSecond()/8 {
-			t.Errorf("%d connections took %v, want at most a minute, or an eighth of the kernel's %.0f/s", many, r.Elapsed, kernel.OpsPerSecond())
-		}
+		t.Errorf("%d connections took %v, want at most a minute", many, r.Elapsed)
 	}
 	short(t, b, load.Config{Addr: addr, Count: greeted, Streams: 16, Greeting: true})
 }
