@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"patchbay/stack"
 )
 
 // pollBatch is how many ready descriptors one epoll_wait may report.
@@ -50,7 +53,7 @@ type poller struct {
 // lateCall is what later was given.
 type lateCall struct {
 	at time.Time
-	h  interface{ Due() }
+	h  stack.Later
 }
 
 // laterBy is how late that is, at most; it may be half as late, so that the loop is woken once for all that is due in between.
@@ -185,7 +188,7 @@ func (p *poller) post(f func()) bool {
 }
 
 // later has h.Due called on the loop in laterBy, or half of it. It is false, and does nothing, when the loop does not run. It costs a system call and a wake-up at most twice in laterBy.
-func (p *poller) later(h interface{ Due() }) bool {
+func (p *poller) later(h stack.Later) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.stopped || !p.inRun {
@@ -213,7 +216,7 @@ func (p *poller) ringAt(t time.Time) {
 	}
 }
 
-const forever = time.Duration(1<<63 - 1)
+const forever time.Duration = math.MaxInt64
 
 // runLate calls what is due within d and says when the next is, or gives the zero time. p.mu is held, but not during the calls.
 func (p *poller) runLate(d time.Duration) (next time.Time) {
