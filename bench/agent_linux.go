@@ -99,6 +99,8 @@ type greeting struct {
 	MTU       int
 	Offloads  []string
 	Failed    string // why the target cannot be reached
+	// Ahead says that this is no greeting yet: one more container has come up, and so many are to come.
+	Ahead int `json:",omitempty"`
 }
 
 type request struct {

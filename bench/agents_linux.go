@@ -9,16 +9,21 @@ import (
 	"time"
 )
 
+// greetTime is how long whoever waits for an agent's greeting waits for a sign of it: until a process has come up, in its container if there is one, and has found its target or
+// given it up.
+const greetTime = reachTime + 5*time.Second
+
 // agentConn is the other end of an agent.
 type agentConn struct {
 	in, out  *os.File
 	dec      *json.Decoder
+	patience time.Duration // greetTime, but for tests
 	greeting greeting
 }
 
 // newAgentConn makes one of the pipes that are an agent's standard input and output. They are its own then.
 func newAgentConn(in, out *os.File) *agentConn {
-	return &agentConn{in: in, out: out, dec: json.NewDecoder(out)}
+	return &agentConn{in: in, out: out, dec: json.NewDecoder(out), patience: greetTime}
 }
 
 func (a *agentConn) close() {
@@ -26,16 +31,25 @@ func (a *agentConn) close() {
 	a.out.Close()
 }
 
-// greet waits until the agent has reached its target.
+// greet waits until the agent has reached its target. An agent that has containers to start for that says so of each, and its time begins anew with each: all of 64 take as
+// long as a machine that is busy otherwise lets them.
 func (a *agentConn) greet() error {
-	_ = a.out.SetReadDeadline(time.Now().Add(reachTime + 5*time.Second)) // a pipe can
-	if err := a.dec.Decode(&a.greeting); err != nil {
-		return fmt.Errorf("no agent: %w", err)
+	ahead := ""
+	for {
+		_ = a.out.SetReadDeadline(time.Now().Add(a.patience)) // a pipe can
+		var g greeting
+		if err := a.dec.Decode(&g); err != nil {
+			return fmt.Errorf("no agent%s: %w", ahead, err)
+		}
+		switch {
+		case g.Failed != "":
+			return errors.New(g.Failed)
+		case g.Ahead == 0:
+			a.greeting = g
+			return nil
+		}
+		ahead = fmt.Sprintf(" with %d containers not started yet", g.Ahead)
 	}
-	if f := a.greeting.Failed; f != "" {
-		return errors.New(f)
-	}
-	return nil
 }
 
 // ask has the agent take a measurement, which takes its duration, or as long as its count does, and at most two minutes more. Along with an error there may be a result, of

@@ -3,6 +3,7 @@ package bench
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"io/fs"
 	"math"
@@ -331,6 +332,49 @@ func TestProgress(t *testing.T) {
 	p.step(s)
 	if got := lines.String(); got != "nat round 1/3 pasta, 1:23 min left\nnat round 1/3 slirp4netns, 1 s left\n" {
 		t.Errorf("%q", got)
+	}
+}
+
+// An agent that starts containers has its time for each, not for all; one that says nothing has it once.
+func TestGreet(t *testing.T) {
+	agent := func(patience time.Duration) (*agentConn, *json.Encoder) {
+		inR, inW, err1 := os.Pipe()
+		outR, outW, err2 := os.Pipe()
+		if err := errors.Join(err1, err2); err != nil {
+			t.Fatal(err)
+		}
+		a := newAgentConn(inW, outR)
+		a.patience = patience
+		t.Cleanup(func() { a.close(); inR.Close(); outW.Close() })
+		return a, json.NewEncoder(outW)
+	}
+	const patience = 2 * time.Second
+	a, out := agent(patience)
+	went := make(chan error, 1)
+	go func() {
+		var err error
+		for ahead := 5; ahead >= 0; ahead-- {
+			time.Sleep(patience / 4)
+			err = errors.Join(err, out.Encode(greeting{Ahead: ahead, MTU: 1500 - ahead}))
+		}
+		went <- err
+	}()
+	if err := errors.Join(a.greet(), <-went); err != nil || a.greeting.MTU != 1500 {
+		t.Errorf("one container after the other: %v, %+v", err, a.greeting)
+	}
+	a, out = agent(20 * time.Millisecond)
+	if err := out.Encode(greeting{Ahead: 7}); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.greet(); !errors.Is(err, os.ErrDeadlineExceeded) || !strings.Contains(err.Error(), "7 containers") {
+		t.Errorf("nothing after the first: %v", err)
+	}
+	a, out = agent(patience)
+	if err := errors.Join(out.Encode(greeting{Ahead: 7}), out.Encode(greeting{Failed: "too far"})); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.greet(); err == nil || err.Error() != "too far" {
+		t.Errorf("the target was out of reach: %v", err)
 	}
 }
 

@@ -37,19 +37,21 @@ func pairsOfContainers(ctx context.Context, args []string) error {
 	}
 	defer network.Close()
 	var agents agentGroup
+	out := json.NewEncoder(os.Stdout)
+	ahead := 2 * spec.Pairs
+	up := func() error { // a container
+		if ahead--; ahead == 0 {
+			return nil // the greeting says so
+		}
+		return out.Encode(greeting{Ahead: ahead})
+	}
 	for i := range spec.Pairs {
-		a, end, err := startPair(ctx, network, i, spec.sideSpec)
+		a, end, err := startPair(ctx, network, i, spec.sideSpec, up)
 		if err != nil {
-			return err
+			return fmt.Errorf("pair %d of %d: %w", i+1, spec.Pairs, err)
 		}
 		defer end()
 		agents = append(agents, a)
-	}
-	out := json.NewEncoder(os.Stdout)
-	for _, a := range agents {
-		if err := a.greet(); err != nil {
-			return err
-		}
 	}
 	if err := out.Encode(agents[0].greeting); err != nil {
 		return err
@@ -72,17 +74,17 @@ func pairsOfContainers(ctx context.Context, args []string) error {
 	}
 }
 
-// startPair starts the containers of one pair. end ends them.
-func startPair(ctx context.Context, network *node.Network, number int, side sideSpec) (a *agentConn, end func(), err error) {
+// startPair starts the containers of one pair, and calls up when the far side listens and when the agent has reached it. end ends them.
+func startPair(ctx context.Context, network *node.Network, number int, side sideSpec, up func() error) (a *agentConn, end func(), err error) {
 	var ends []func()
-	end = func() {
+	endAll := func() {
 		for _, f := range ends {
 			f()
 		}
 	}
 	defer func() {
 		if err != nil {
-			end()
+			endAll()
 		}
 	}()
 	pipe := func() (r, w *os.File) {
@@ -123,6 +125,9 @@ func startPair(ctx context.Context, network *node.Network, number int, side side
 	if len(far.Addrs()) == 0 {
 		return nil, nil, errors.New("the far side has no address")
 	}
+	if err := up(); err != nil {
+		return nil, nil, err
+	}
 	agent, err := argument(agentSpec{Target: net.JoinHostPort(far.Addrs()[0].String(), loadPort), sideSpec: side})
 	if err != nil {
 		return nil, nil, err
@@ -137,5 +142,8 @@ func startPair(ctx context.Context, network *node.Network, number int, side side
 	outW.Close()
 	a = newAgentConn(inW, outR)
 	ends = append(ends, a.close)
-	return a, end, nil
+	if err := a.greet(); err != nil {
+		return nil, nil, err
+	}
+	return a, endAll, up()
 }
