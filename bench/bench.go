@@ -109,7 +109,7 @@ type Results struct {
 }
 
 // Run measures, writes the report and returns what it is made of. A contender that fails is an Absence, not an error. When ctx ends, every
-// process ends, and what was measured until then is reported along with ctx's error.
+// process ends, and what was measured until then is reported along with ctx's error. The limit of open files of the calling process is set, and stays so; see raiseFiles.
 func Run(ctx context.Context, cfg Config) (res Results, err error) {
 	cfg, err = cfg.withDefaults()
 	if err != nil {
@@ -120,6 +120,9 @@ func Run(ctx context.Context, cfg Config) (res Results, err error) {
 		return res, fmt.Errorf("%w; every contender needs a TUN device that you may open: chmod 666 /dev/net/tun, or run as root", err)
 	}
 	tun.Close()
+	if err := raiseFiles(); err != nil {
+		return res, err
+	}
 	dir, err := os.MkdirTemp("", "pbbench")
 	if err != nil {
 		return res, err

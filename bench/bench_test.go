@@ -5,13 +5,17 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"math"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"patchbay/bench/load"
 	"patchbay/internal/testbed"
@@ -58,7 +62,7 @@ func TestOwnProcessIsThere(t *testing.T) {
 	if c, err := readCPU(); err != nil || c.total() == 0 || c.busy() >= c.total() {
 		t.Errorf("%+v, %v", c, err)
 	}
-	if m := thisMachine(); m.Kernel == "" || m.CPU == "" || m.Cores == 0 {
+	if m := thisMachine(); m.Kernel == "" || m.CPU == "" || m.Cores == 0 || m.Files == 0 {
 		t.Errorf("%+v", m)
 	}
 }
@@ -176,6 +180,73 @@ func TestValues(t *testing.T) {
 	}
 }
 
+// What is held or made of a number, and why it is not all, is said.
+func TestShort(t *testing.T) {
+	hold := measurement{name: "flows", kind: "hold", count: 10000, held: true}
+	row := measurement{name: "crr row", kind: "crr", count: 100}
+	for _, c := range []struct {
+		m    measurement
+		r    load.Result
+		want string
+	}{
+		{hold, load.Result{Ops: 10000}, ""},
+		{hold, load.Result{Ops: 8190, Errors: 1810, FirstErr: "too many open files"}, "held 8190 of 10000: too many open files"},
+		{row, load.Result{Ops: 100}, ""},
+		{row, load.Result{Ops: 98, Errors: 2, FirstErr: "refused"}, "2 requests failed, the first with: refused"},
+		{row, load.Result{Ops: 60, Elapsed: 100 * time.Second}, "made 60 of 100 within 1m40s"},
+		{row, load.Result{Ops: 60, Errors: 1, FirstErr: "refused", Elapsed: time.Second}, "made 61 of 100 within 1s, of which 1 failed, the first with: refused"},
+		{measurement{kind: "crr"}, load.Result{Ops: 5}, ""},
+		{measurement{kind: "stream"}, load.Result{Bytes: 5}, ""},
+	} {
+		got := ""
+		if err := c.m.short(c.r, fullTime); err != nil {
+			got = err.Error()
+		}
+		if got != c.want {
+			t.Errorf("%+v: %q, want %q", c.r, got, c.want)
+		}
+	}
+	for _, v := range variants {
+		for _, m := range v.measurements {
+			if m.name == "flows" && m.config(fullTime).Count != 10000 {
+				t.Errorf("%s: %d flows", v.name, m.config(fullTime).Count)
+			}
+		}
+	}
+}
+
+// What the bench starts has the limit, soft as well as hard, which Go's runtime would otherwise put back.
+func TestRaiseFiles(t *testing.T) {
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Setrlimit(unix.RLIMIT_NOFILE, &was) }()
+	if err := raiseFiles(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("sh", "-c", "ulimit -Sn; ulimit -Hn").Output()
+	var soft, hard uint64
+	if _, serr := fmt.Sscan(string(out), &soft, &hard); err != nil || serr != nil {
+		t.Fatalf("%v, %v: %q", err, serr, out)
+	}
+	if soft != min(hard, filesWanted) || hard < was.Max {
+		t.Errorf("a child may have %d files open, %d at most, where %d were allowed", soft, hard, was.Max)
+	}
+	if m := thisMachine(); m.Files != int(soft) {
+		t.Errorf("this process: %d, its child: %d", m.Files, soft)
+	}
+}
+
+func TestFilesText(t *testing.T) {
+	if s := filesText([]int{os.Getpid()}); !strings.Contains(s, " files open, of ") || !strings.Contains(s, ".test has ") {
+		t.Errorf("of this process: %q", s)
+	}
+	if s := filesText(nil); s != "" {
+		t.Errorf("of none: %q", s)
+	}
+}
+
 func TestChoose(t *testing.T) {
 	names := func(ps []peer) string {
 		var out []string
@@ -255,7 +326,7 @@ func fixedResults() Results {
 	date := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	add := func(round int, scenario, peer, measure, unit string, v, base float64, ps ...Process) {
 		r := Row{Scenario: scenario, Peer: peer, Version: peer + " 1.0", Round: round, Measure: measure, Value: v, Unit: unit, Seconds: 5, MTU: 1500,
-			Offloads: []string{"tx-tcp-segmentation"}, Foreign: 0.02, Date: date, Commit: "abc1234", Machine: Machine{"6.18", "CPU", 2}, Processes: ps}
+			Offloads: []string{"tx-tcp-segmentation"}, Foreign: 0.02, Date: date, Commit: "abc1234", Machine: Machine{"6.18", "CPU", 2, 20000}, Processes: ps}
 		if base > 0 {
 			q := v / base
 			r.Ratio = &q

@@ -10,7 +10,8 @@
 //     machines, absolute figures do not.
 //   - A contender is set up anew for each round, its daemons run as a user without capabilities over the namespace that plays the host, and what ran is
 //     read back from /proc and the device: executables, arguments, MTU, offloads.
-//   - A contender that is missing or fails is a line with its reason, never left out in silence.
+//   - A contender that is missing or fails is a line with its reason, never left out in silence; and so is one that holds or makes fewer than were asked for, with its figure.
+//   - All that is started may have 65,536 files open a process, or as many as this user may allow: connections held take one or two descriptors each. The report says how many.
 //   - CPU time that neither the contender nor the generator used, and time stolen by the hypervisor, are sampled; a measurement that had much of
 //     either is made once more.
 //
@@ -45,7 +46,7 @@
 //
 // A scenario has variants, each under one condition and with fewer measurements: IPv6, a round trip of 10 or 50 ms more, an underlay that loses packets or has MTU 9000, no superframes, many pairs at the same
 // time. The wire of a longer round trip is a process of the bench between two TAPs (role wire), since not every kernel has netem; loss is nftables' on a bridge between the hosts, where packets
-// are cut before. Scenario scale has variants only: connections held and a long row of short ones through nat, an FDB of 100,000 MACs in switch, silent peers in tunnel.
+// are cut before. Scenario scale has variants only: 10,000 connections held and a row of 100,000 short ones through nat, an FDB of 100,000 MACs in switch, silent peers in tunnel.
 //
 // # Ownership
 //
@@ -60,7 +61,7 @@
 //
 // The CPU time of a daemon is known to 10 ms, so runs shorter than a second make its seconds per GB coarse. Foreign CPU time contains the
 // kernel's own threads, and memory is that of processes, resident and proportional: what a kernel's bridge, conntrack or vxlan holds is in no figure. Variants count what they take by number at 1.5 s a measurement or longer, and
-// proportionally less below.
+// proportionally less below; after 100 s they have what they have.
 //
 // # References
 //

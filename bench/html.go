@@ -27,6 +27,7 @@ type view struct {
 	Machine   string
 	Scenarios []section
 	Goals     []goalView
+	Notes     []string
 	Ran       []ranView
 	Absent    []string
 }
@@ -126,6 +127,7 @@ func newView(res Results, goals []Goal) view {
 		}
 		v.Ran = append(v.Ran, x)
 	}
+	v.Notes = notes(res.Rows)
 	for _, a := range res.Absent {
 		v.Absent = append(v.Absent, a.subject()+": "+a.reason())
 	}

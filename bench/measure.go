@@ -33,6 +33,22 @@ func (m measurement) config(d time.Duration) load.Config {
 	return cfg
 }
 
+// short is what a result lacks of what was asked for, and why; nil if nothing.
+func (m measurement) short(r load.Result, d time.Duration) error {
+	count := int64(m.config(d).Count)
+	switch done := r.Ops + r.Errors; {
+	case m.held && r.Ops < count:
+		return fmt.Errorf("held %d of %d: %s", r.Ops, count, r.FirstErr)
+	case r.Errors > 0 && done < count:
+		return fmt.Errorf("made %d of %d within %v, of which %d failed, the first with: %s", done, count, r.Elapsed.Round(time.Second), r.Errors, r.FirstErr)
+	case done < count:
+		return fmt.Errorf("made %d of %d within %v", done, count, r.Elapsed.Round(time.Second))
+	case r.Errors > 0:
+		return fmt.Errorf("%d requests failed, the first with: %s", r.Errors, r.FirstErr)
+	}
+	return nil
+}
+
 var natMeasurements = []measurement{
 	{name: "tcp out", kind: "stream", direction: "out"},
 	{name: "tcp in", kind: "stream", direction: "in", cfg: load.Config{Reverse: true}},
@@ -77,13 +93,13 @@ var tunnelMeasurements = []measurement{
 type holder struct {
 	device string // the side's interface
 	iperf  string // the program
-	letGo  func(context.Context) error
+	letGo  func() error
 }
 
 // measure takes one. What is held stays for round trips, and is let go before anything else.
 func (h *holder) measure(ctx context.Context, q request) (load.Result, error) {
 	if h.letGo != nil && q.Kind != "rr" {
-		err := h.letGo(ctx)
+		err := h.letGo()
 		h.letGo = nil
 		if err != nil {
 			return load.Result{}, err

@@ -186,8 +186,12 @@ func machineText(rows []Row) string {
 	for _, r := range rows {
 		rounds, foreign = max(rounds, r.Round), max(foreign, r.Foreign+r.Steal)
 	}
-	return fmt.Sprintf("%s, %s, %d cores, Linux %s, patchbay %s. Rounds: %d, %s s a measurement. Others used at most %.0f %% of the machine during a measurement.",
-		r.Date.Format("2006-01-02"), r.CPU, r.Cores, r.Kernel, r.Commit, rounds, number(r.Seconds), foreign*100)
+	files := ""
+	if r.Files > 0 { // rows of before have none
+		files = fmt.Sprintf(", %d open files a process", r.Files)
+	}
+	return fmt.Sprintf("%s, %s, %d cores, Linux %s%s, patchbay %s. Rounds: %d, %s s a measurement. Others used at most %.0f %% of the machine during a measurement.",
+		r.Date.Format("2006-01-02"), r.CPU, r.Cores, r.Kernel, files, r.Commit, rounds, number(r.Seconds), foreign*100)
 }
 
 // contenders is who has rows in a scenario, in the order of their first ones.
@@ -222,18 +226,21 @@ func (t table) write(b *strings.Builder, rows []Row, sums map[summaryKey]summary
 	}
 }
 
-// writeNotes says what went wrong where there is a figure all the same, once a measurement.
-func writeNotes(b *strings.Builder, rows []Row) {
-	var lines []string
+// notes say what went wrong where there is a figure all the same, once a measurement.
+func notes(rows []Row) (lines []string) {
 	for _, r := range rows {
 		measured := slices.ContainsFunc(measurementsOf(r.Scenario), func(m measurement) bool { return m.name == r.Measure })
 		if r.Note != "" && measured {
 			a := Absence{r.Scenario, r.Peer, r.Round, r.Measure, r.Note}
-			lines = append(lines, fmt.Sprintf("- %s: %s\n", a.subject(), a.reason()))
+			lines = append(lines, a.subject()+": "+a.reason())
 		}
 	}
-	if len(lines) > 0 {
-		b.WriteString("\n## Measured, but\n\n" + strings.Join(lines, ""))
+	return lines
+}
+
+func writeNotes(b *strings.Builder, rows []Row) {
+	if lines := notes(rows); len(lines) > 0 {
+		b.WriteString("\n## Measured, but\n\n- " + strings.Join(lines, "\n- ") + "\n")
 	}
 }
 

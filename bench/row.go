@@ -40,6 +40,7 @@ type Machine struct {
 	Kernel string `json:"kernel"`
 	CPU    string `json:"cpu"`
 	Cores  int    `json:"cores"`
+	Files  int    `json:"files,omitempty"` // that a process may have open
 }
 
 // Absence is a contender, or one of its measurements, that has no figure, and why. In a results file its Measure is empty when nothing at all

@@ -272,8 +272,11 @@ func (r *runner) measureOnce(s *site, m measurement, step Step) (vs []value, not
 	if err != nil {
 		return nil, "", n, err
 	}
-	if e := rep.Result.Errors; e > 0 {
-		note = fmt.Sprintf("%d requests failed, the first with: %s", e, rep.Result.FirstErr)
+	if short := m.short(rep.Result, r.cfg.Time); short != nil {
+		if m.held {
+			short = fmt.Errorf("%w%s", short, filesText(ds))
+		}
+		note = s.why(short).Error()
 	}
 	if vs, err = m.values(rep.Result); err != nil {
 		return nil, "", n, err

@@ -68,7 +68,7 @@ var variants = []variant{
 	{
 		name: "scale@flows", family: scenarioScale, scenario: scenarioNAT, title: "connections held, and a long row of short ones", peers: []string{peerPatchbay, "slirp4netns", "pasta", "pasta@newest", "gvproxy"},
 		measurements: []measurement{
-			{name: "flows", kind: "hold", cfg: load.Config{Streams: 4}, count: 5000, held: true}, // two descriptors each for some, of a limit that is often 20,000
+			{name: "flows", kind: "hold", cfg: load.Config{Streams: 4}, count: 10000, held: true},
 			rr,
 			{name: "crr row", kind: "crr", cfg: load.Config{Streams: 16}, count: 100000},
 		},

@@ -20,6 +20,7 @@ type Config struct {
 	Network  string        // for RequestResponse: "tcp" (default) or "udp"
 	Duration time.Duration // 2 s
 	Count    int           // ConnectRequestClose and RequestResponse: stop after so many operations in all; 0 = by Duration
+	Most     time.Duration // ConnectRequestClose and Hold: stop after this time although there are fewer than Count: 100 s
 	Streams  int           // parallel streams, flows or clients: 1
 	Size     int           // Stream: bytes a write, 128 KiB. Flood: payload bytes a datagram, 1400. RequestResponse: 1
 	Rate     int           // Flood: datagrams a second; 0 = flat out
@@ -30,6 +31,9 @@ type Config struct {
 func (c Config) withDefaults(size int) Config {
 	if c.Duration == 0 {
 		c.Duration = 2 * time.Second
+	}
+	if c.Most == 0 {
+		c.Most = 100 * time.Second
 	}
 	if c.Streams == 0 {
 		c.Streams = 1
@@ -138,9 +142,9 @@ func workers(n int, f func(i int)) {
 // blockingSocket is a connected socket in blocking mode, read and written with plain system calls.
 type blockingSocket struct{ fd int }
 
-// dial opens a blocking socket to addr. It resolves names like net.Dial.
+// dial opens a blocking socket to addr within ioTimeout. It resolves names like net.Dial.
 func dial(ctx context.Context, network, addr string) (blockingSocket, error) {
-	var d net.Dialer
+	d := net.Dialer{Timeout: ioTimeout}
 	c, err := d.DialContext(ctx, network, addr)
 	if err != nil {
 		return blockingSocket{}, err
@@ -211,14 +215,48 @@ func (s blockingSocket) Close() error {
 	return unix.Close(s.fd)
 }
 
+// connect connects within d, where the kernel alone would try for two minutes; each receive and each send is bounded likewise then.
+func (s blockingSocket) connect(to unix.Sockaddr, d time.Duration) error {
+	deadline := time.Now().Add(d)
+	if err := errors.Join(s.setTimeout(d), s.setSendTimeout(d)); err != nil {
+		return err
+	}
+	switch err := unix.Connect(s.fd, to); err {
+	case nil:
+		return nil
+	case unix.EINPROGRESS:
+		return fmt.Errorf("connect: %w", unix.ETIMEDOUT)
+	case unix.EINTR: // which goes on with it
+	default:
+		return fmt.Errorf("connect: %w", err)
+	}
+	for {
+		left := max(time.Until(deadline), 0) + time.Millisecond - 1 // not a moment early
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLOUT}}, int(left.Milliseconds()))
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == nil && n == 0:
+			err = unix.ETIMEDOUT
+		case err == nil:
+			var soErr int
+			if soErr, err = unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && soErr == 0 {
+				return nil
+			} else if err == nil {
+				err = unix.Errno(soErr)
+			}
+		}
+		return fmt.Errorf("connect: %w", err)
+	}
+}
+
 // setTimeout bounds each blocking receive, so that a lost answer ends in EAGAIN and not in a hang.
 func (s blockingSocket) setTimeout(d time.Duration) error {
 	tv := unix.NsecToTimeval(d.Nanoseconds())
 	return unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
 }
 
-// setSendTimeout bounds each blocking send on a connected socket. A connect under it would not be restarted after a signal, and the runtime sends
-// itself many.
+// setSendTimeout bounds each blocking send, and a connect, which under it is not restarted after a signal, and the runtime sends itself many.
 func (s blockingSocket) setSendTimeout(d time.Duration) error {
 	tv := unix.NsecToTimeval(d.Nanoseconds())
 	return unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv)

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -78,12 +80,152 @@ func TestHold(t *testing.T) {
 		if rr, err := RequestResponse(t.Context(), Config{Addr: addr, Count: 10}); err != nil || rr.Ops != 10 {
 			t.Errorf("beside them: %+v, %v", rr, err)
 		}
-		if err := letGo(t.Context()); err != nil {
+		if err := letGo(); err != nil {
 			t.Error(err)
 		}
 	}
 	if _, _, err := Hold(t.Context(), Config{Addr: "127.0.0.1:port", Count: 1}); err == nil {
 		t.Error("no such port")
+	}
+}
+
+// lowerFiles gives the process only so many descriptors until the test's end.
+func lowerFiles(t *testing.T, n uint64) {
+	t.Helper()
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: n, Max: was.Max}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Setrlimit(unix.RLIMIT_NOFILE, &was) })
+}
+
+// Where descriptors run out, on either side, what could be held is, with the reason why there is no more; both sides go on working.
+func TestHoldRunsOutOfFiles(t *testing.T) {
+	for _, side := range []string{"near", "far"} {
+		t.Run(side, func(t *testing.T) {
+			var addr string
+			if side == "near" {
+				addr = startServer(t)
+			}
+			lowerFiles(t, 400)
+			if side == "far" { // whose limit is the lower one
+				addr = startServer(t)
+				lowerFiles(t, 2000)
+			}
+			r, letGo, err := Hold(t.Context(), Config{Addr: addr, Count: 1000, Streams: 4})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if r.Ops < 100 || r.Ops > 300 || r.Ops+r.Errors != 1000 || r.FirstErr != "the "+side+" side: too many open files" {
+				t.Errorf("%+v", r)
+			}
+			if rr, err := RequestResponse(t.Context(), Config{Addr: addr, Count: 10}); err != nil || rr.Ops != 10 {
+				t.Errorf("beside them: %+v, %v", rr, err)
+			}
+			if err := letGo(); err != nil {
+				t.Error(err)
+			}
+			if crr, err := ConnectRequestClose(t.Context(), Config{Addr: addr, Count: 100}); err != nil || crr.Ops != 100 {
+				t.Errorf("afterwards: %+v, %v", crr, err)
+			}
+		})
+	}
+}
+
+// fullListener is a listener whose queue is full: it answers nothing to whoever connects, until the first connection, of the returned one, is accepted.
+func fullListener(t *testing.T) (fd int, addr string) {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr = fmt.Sprintf("127.0.0.1:%d", sa.(*unix.SockaddrInet4).Port)
+	first, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { first.Close() })
+	return fd, addr
+}
+
+// What counts ends at Most, whatever it has come to.
+func TestMost(t *testing.T) {
+	addr := startServer(t)
+	const most = 50 * time.Millisecond
+	r, letGo, err := Hold(t.Context(), Config{Addr: addr, Count: 1 << 30, Most: most})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Ops == 0 || r.Ops+r.Errors != 1<<30 || r.Elapsed > 20*most || r.FirstErr != "50ms are over" && !strings.Contains(r.FirstErr, "open files") {
+		t.Errorf("Hold: %+v", r)
+	}
+	if err := letGo(); err != nil {
+		t.Error(err)
+	}
+	r, err = ConnectRequestClose(t.Context(), Config{Addr: addr, Count: 1 << 30, Most: most})
+	if err != nil || r.Ops == 0 || r.Errors != 0 {
+		t.Errorf("ConnectRequestClose: %+v, %v", r, err)
+	}
+}
+
+// A connect that nobody answers ends in time, and goes on after the signals that the runtime sends itself.
+func TestConnectWithin(t *testing.T) {
+	lfd, addr := fullListener(t)
+	ta, err := net.ResolveTCPAddr("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	connect := func(within time.Duration) (took time.Duration, err error) {
+		sa, family := sockaddr(ta)
+		fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		stop, stopped, thread := make(chan struct{}), make(chan struct{}), unix.Gettid()
+		go func() {
+			defer close(stopped)
+			for {
+				select {
+				case <-stop:
+					return
+				case <-time.After(20 * time.Millisecond):
+					_ = unix.Tgkill(unix.Getpid(), thread, unix.SIGURG)
+				}
+			}
+		}()
+		start := time.Now()
+		err = blockingSocket{fd}.connect(sa, within)
+		took = time.Since(start)
+		close(stop)
+		<-stopped
+		return took, err
+	}
+	const short = 300 * time.Millisecond
+	if took, err := connect(short); !errors.Is(err, unix.ETIMEDOUT) || took < short || took > 20*short {
+		t.Errorf("%v after %v", err, took)
+	}
+	go func() {
+		time.Sleep(100 * time.Millisecond)
+		if fd, _, err := unix.Accept(lfd); err == nil {
+			unix.Close(fd)
+		}
+	}()
+	if took, err := connect(ioTimeout); err != nil || took < short {
+		t.Errorf("when there was room: %v after %v", err, took)
 	}
 }
 
@@ -161,24 +303,7 @@ func TestRecorderThinsSamplesEvenly(t *testing.T) {
 
 // A SYN that is lost is sent again a second later, and what was to be measured for less than that is measured all the same.
 func TestRequestResponseSlowConnect(t *testing.T) {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(fd)
-	if err := errors.Join(unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(fd, 0)); err != nil {
-		t.Fatal(err)
-	}
-	sa, err := unix.Getsockname(fd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := fmt.Sprintf("127.0.0.1:%d", sa.(*unix.SockaddrInet4).Port)
-	first, err := net.Dial("tcp", addr) // fills the queue: the next SYN is dropped
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer first.Close()
+	fd, addr := fullListener(t)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() {

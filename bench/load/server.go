@@ -24,6 +24,7 @@ type Server struct {
 	listeners []*net.TCPListener
 	udp       *net.UDPConn
 	addr      netip.AddrPort
+	mostHeld  int // the first descriptor that is not held any more
 
 	mu    sync.Mutex
 	conns map[int]struct{} // descriptors in use, so that the end can wake their readers
@@ -49,7 +50,7 @@ func Listen(addr string) (*Server, error) {
 }
 
 func listen(host, port string) (_ *Server, err error) {
-	s := &Server{conns: make(map[int]struct{}), sinks: make(map[int64]*sinkCount)}
+	s := &Server{conns: make(map[int]struct{}), sinks: make(map[int64]*sinkCount), mostHeld: mostHeld()}
 	defer func() {
 		if err != nil {
 			s.closeSockets()
@@ -141,6 +142,9 @@ func (s *Server) accept(lfd int, greet bool) {
 		switch {
 		case err == unix.EINTR || err == unix.ECONNABORTED:
 			continue
+		case err == unix.EMFILE || err == unix.ENFILE:
+			time.Sleep(10 * time.Millisecond) // whoever waits is answered when somebody has gone
+			continue
 		case err != nil:
 			return
 		}
@@ -174,15 +178,25 @@ func (s *Server) short(c blockingSocket) bool {
 		s.wg.Go(func() { defer s.leave(c.fd); source(c) })
 		return false
 	case opHold:
+		if c.fd >= s.mostHeld {
+			_, _ = c.Write([]byte{'-'}) // the client that is gone does not ask
+			return true
+		}
 		s.mu.Lock()
 		s.held = append(s.held, c.fd)
 		s.mu.Unlock()
 		_, _ = c.Write(b[:1]) // the client that is gone is let go with the others
 		return false
 	case opLetGo:
-		s.letGo()
-		_, _ = c.Write(b[:1]) // likewise
-		return true
+		s.wg.Go(func() {
+			defer s.leave(c.fd)
+			if n == 1 {
+				_, _ = c.Read(b[:1]) // the end is as good
+			}
+			s.letGo()
+			_, _ = c.Write(b[:1]) // the client that is gone does not ask
+		})
+		return false
 	case opSink, opSunk:
 		s.wg.Go(func() { defer s.leave(c.fd); s.sink(c, b[0], b[1:n]) })
 		return false

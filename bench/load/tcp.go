@@ -20,8 +20,8 @@ const (
 	opSunk   byte = 'N' // an id of 8 bytes; the server answers how many bytes came to that sink so far, and for how many nanoseconds
 	opSource byte = 'D' // the server sends until the client closes
 	opEcho   byte = 'E' // the server answers each read with the same bytes
-	opHold   byte = 'H' // the server answers this byte and keeps the connection
-	opLetGo  byte = 'L' // the server closes what it keeps, and answers this byte
+	opHold   byte = 'H' // the server answers this byte and keeps the connection, or another and closes it, since it has descriptors for no more
+	opLetGo  byte = 'L' // when one more byte comes the server closes what it keeps, and answers it; it also closes it when the client has gone
 )
 
 // ioTimeout ends a receive that nobody answers.
@@ -224,12 +224,18 @@ func ConnectRequestClose(ctx context.Context, c Config) (Result, error) {
 	recs := make([]recorder, c.Streams)
 	start := time.Now()
 	deadline := start.Add(c.Duration)
+	if c.Count > 0 {
+		deadline = start.Add(c.Most)
+	}
 	var budget atomic.Int64
 	budget.Store(int64(c.Count))
 	workers(c.Streams, func(i int) {
 		sa, family := sockaddr(ta) // one each: Connect writes into it
-		for ctx.Err() == nil && (c.Count > 0 && budget.Add(-1) >= 0 || c.Count == 0 && time.Now().Before(deadline)) {
+		for ctx.Err() == nil && (c.Count == 0 || budget.Add(-1) >= 0) {
 			t := time.Now()
+			if !t.Before(deadline) {
+				return
+			}
 			if err := crrOne(family, sa, c.Greeting); err != nil {
 				recs[i].fail(err)
 				continue
@@ -254,11 +260,8 @@ func crrOne(family int, sa unix.Sockaddr, greeting bool) error {
 	}
 	s := blockingSocket{fd}
 	defer unix.Close(fd) // not Close: nobody else is blocked here, and the shutdown would be one system call more
-	if err := s.setTimeout(ioTimeout); err != nil {
+	if err := s.connect(sa, ioTimeout); err != nil {
 		return err
-	}
-	if err := unix.Connect(fd, sa); err != nil {
-		return fmt.Errorf("connect: %w", err)
 	}
 	var b [1]byte
 	if !greeting {
