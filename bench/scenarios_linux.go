@@ -215,7 +215,11 @@ func (r *runner) contend(v variant, round int, e entrant, base map[string]float6
 	if e.name == peerKernel {
 		return nil
 	}
-	mem, err := memoryOf(daemons())
+	ds := daemons()
+	if len(ds) == 0 && len(row.Processes) > 0 {
+		return absent("rss", errors.New("its processes have ended"))
+	}
+	mem, err := memoryOf(ds)
 	if err != nil {
 		return absent("rss", err)
 	}
