@@ -238,6 +238,18 @@ func TestRaiseFiles(t *testing.T) {
 	}
 }
 
+// A measurement that is taken once more beside others is the same.
+func TestBeside(t *testing.T) {
+	for _, v := range variants {
+		for _, m := range v.measurements {
+			alone, ok := strings.CutSuffix(m.name, " beside")
+			if ok && !slices.ContainsFunc(v.measurements, func(o measurement) bool { o.name += " beside"; return o == m }) {
+				t.Errorf("%s: there is no %q like %q", v.name, alone, m.name)
+			}
+		}
+	}
+}
+
 func TestFilesText(t *testing.T) {
 	if s := filesText([]int{os.Getpid()}); !strings.Contains(s, " files open, of ") || !strings.Contains(s, ".test has ") {
 		t.Errorf("of this process: %q", s)
