@@ -251,8 +251,14 @@ func TestBeside(t *testing.T) {
 }
 
 func TestFilesText(t *testing.T) {
-	if s := filesText([]int{os.Getpid()}); !strings.Contains(s, " files open, of ") || !strings.Contains(s, ".test has ") {
+	if s := filesText([]int{os.Getpid()}); !strings.Contains(s, ".test has ") || !strings.Contains(s, " files open, of ") || strings.Contains(s, "unknown") {
 		t.Errorf("of this process: %q", s)
+	}
+	if s := parseFiles("Limit  Soft Limit  Hard Limit  Units\nMax open files            1024                 20000                files\n"); s != "1024" {
+		t.Errorf("soft limit: %q", s)
+	}
+	if s := parseFiles("") + parseFiles("Max open files"); s != "an unknown numberan unknown number" {
+		t.Errorf("no limit: %q", s)
 	}
 	if s := filesText(nil); s != "" {
 		t.Errorf("of none: %q", s)

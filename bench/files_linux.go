@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -38,12 +39,22 @@ func filesText(pids []int) (text string) {
 	for _, p := range pids {
 		fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p))
 		exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", p))
-		var limit unix.Rlimit
-		if err != nil || unix.Prlimit(p, unix.RLIMIT_NOFILE, nil, &limit) != nil || len(fds) <= most {
+		limits, _ := os.ReadFile(fmt.Sprintf("/proc/%d/limits", p)) // prlimit(2) would want the same user
+		if err != nil || len(fds) <= most {
 			continue
 		}
 		most = len(fds)
-		text = fmt.Sprintf("; %s has %d files open, of %d that it may", filepath.Base(exe), most, limit.Cur)
+		text = fmt.Sprintf("; %s has %d files open, of %s that it may", filepath.Base(exe), most, parseFiles(string(limits)))
 	}
 	return text
+}
+
+// parseFiles reads the soft limit of open files from /proc/PID/limits.
+func parseFiles(s string) string {
+	for line := range strings.Lines(s) {
+		if rest, ok := strings.CutPrefix(line, "Max open files"); ok && len(strings.Fields(rest)) > 0 {
+			return strings.Fields(rest)[0]
+		}
+	}
+	return "an unknown number"
 }
