@@ -124,21 +124,28 @@ func (l Limits) Fit(log *slog.Logger) Limits {
 }
 
 // fit makes flows few enough for a process that may have files open, so that no container takes the descriptors which published ports, the resolver and
-// the flows of others need, unless a container's share is to be all of them. It reports whether it had to.
+// the flows of others need, unless a container's share is to be all of them. What one kind of flow has no use for, the next has. It reports whether it had to.
 func (l *Limits) fit(files int) (less bool) {
-	for _, f := range [...]struct {
+	kinds := [...]struct {
 		total, each *int
-		sixteenths  int
+		most        int
 	}{
-		{&l.TCPFlows, &l.TCPFlowsPerContainer, 5}, {&l.PublishedFlows, &l.PublishedFlowsPerContainer, 3},
-		{&l.UDPFlows, &l.UDPFlowsPerContainer, 3}, {&l.PingFlows, &l.PingFlowsPerContainer, 1},
-	} {
-		if most := max(files*f.sixteenths/16, 4); *f.total > most {
+		{&l.TCPFlows, &l.TCPFlowsPerContainer, files * 5 / 16}, {&l.PublishedFlows, &l.PublishedFlowsPerContainer, files * 3 / 16},
+		{&l.UDPFlows, &l.UDPFlowsPerContainer, files * 3 / 16}, {&l.PingFlows, &l.PingFlowsPerContainer, files * 1 / 16},
+	}
+	unused := 0
+	for _, k := range kinds {
+		unused += max(k.most-*k.total, 0)
+	}
+	for _, k := range kinds {
+		more := min(max(*k.total-k.most, 0), unused)
+		unused -= more
+		if most := max(k.most+more, 4); *k.total > most {
 			share := most / 4
-			if *f.each >= *f.total { // one container is to have all
+			if *k.each >= *k.total { // one container is to have all
 				share = most
 			}
-			*f.total, *f.each, less = most, min(*f.each, share), true
+			*k.total, *k.each, less = most, min(*k.each, share), true
 		}
 	}
 	return less

@@ -90,6 +90,11 @@ func TestFlowsLeaveDescriptors(t *testing.T) {
 	if alone.fit(1024); alone.TCPFlowsPerContainer != alone.TCPFlows || alone.UDPFlowsPerContainer != alone.UDPFlows/4 {
 		t.Errorf("all for one: %+v", alone)
 	}
+	// What nobody publishes and nobody pings with is for those who connect.
+	outwards := Limits{TCPFlowsPerContainer: 1 << 20, PublishedFlows: 1}.withDefaults()
+	if outwards.fit(20000); outwards.TCPFlows < 10_000 || outwards.TCPFlowsPerContainer != outwards.TCPFlows || outwards.TCPFlows+outwards.PublishedFlows+outwards.UDPFlows+outwards.PingFlows > 20000*3/4 {
+		t.Errorf("nothing published: %+v", outwards)
+	}
 	var r unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
 		t.Fatal(err)

@@ -230,6 +230,9 @@ func networkConfig(c *cli.Context) (node.NetworkConfig, error) {
 	if cfg.Limits, err = limitFlags(c); err != nil {
 		return cfg, err
 	}
+	if !c.IsSet("publish") { // descriptors that published ports would need are for its own connections
+		cfg.Limits.PublishedFlows = 1
+	}
 	if !c.IsSet("max-flows") { // the default, and there is nobody to share it with
 		cfg.Limits.TCPFlowsPerContainer, cfg.Limits.UDPFlowsPerContainer = math.MaxInt32, math.MaxInt32
 	}
