@@ -105,7 +105,7 @@ func TestAllAsOrdinaryUser(t *testing.T) {
 		return byName(t, rs)
 	}
 	rs := run()
-	for _, name := range []string{"user-namespaces", "tun", "tap", "tap-vnet-hdr", "tap-checksum", "tap-tso", "tap-uso", "tap-multi-queue", "packet-device", "udp-segment", "udp-gro", "splice", "ipv6"} {
+	for _, name := range []string{"user-namespaces", "tun", "tap", "tap-vnet-hdr", "tap-checksum", "tap-tso", "tap-uso", "tap-multi-queue", "packet-device", "udp-segment", "udp-gro", "splice", "landlock", "ipv6"} {
 		if r, found := rs[name]; !found || !r.OK {
 			t.Errorf("%s: %+v", name, r)
 		}

@@ -49,7 +49,7 @@ func All(c Config) []Result {
 	rs = append(rs, insideProbes(c)...)
 	return append(rs,
 		IPv6(), Ping(4), Ping(6), LowPorts(),
-		UDPSegment(), UDPGRO(), Splice(),
+		UDPSegment(), UDPGRO(), Splice(), Landlock(),
 	)
 }
 
