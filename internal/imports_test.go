@@ -22,6 +22,7 @@ var floors = []struct {
 	{0, "patchbay/internal/mmsg"},
 	{0, "patchbay/internal/spin"},
 	{1, "patchbay/frame"},
+	{1, "patchbay/internal/bypass"},
 	{2, "patchbay/internal/offload"},
 	{3, "patchbay/tap"},
 	{3, "patchbay/switch"},
