@@ -219,3 +219,9 @@ func lastAddr(p netip.Prefix) netip.Addr {
 	a, _ := netip.AddrFromSlice(b)
 	return a
 }
+
+// Direct says whether a connection to dst would be made on the host to that very address: policy lets it through, and it is no other name for the host. It is for those who make it themselves, and safe for concurrent use.
+func (n *NAT) Direct(dst netip.Addr) bool {
+	v := n.policy.check(dst)
+	return v.ok && v.host == dst
+}

@@ -144,6 +144,18 @@ func TestReachabilityOut(t *testing.T) {
 			want{net: "tcp", addr: "169.254.169.254:7", err: "ECONNREFUSED|EACCES|EHOSTUNREACH"},
 		))
 	})
+	// On sockets of the host, and no difference to be seen in what is reached.
+	t.Run("bypass", func(t *testing.T) {
+		check(t, []string{"--bypass", "--host-loopback"}, append(common,
+			want{net: "tcp4", addr: host4, from: "127.0.0.1"},
+			want{net: "tcp6", addr: host6, from: "::1"},
+			want{net: "tcp", addr: "169.254.169.254:7", err: "ECONNREFUSED|EACCES|EHOSTUNREACH"},
+		))
+		check(t, []string{"--bypass"}, []want{
+			{net: "tcp", addr: host4, err: "ECONNREFUSED"},
+			{net: "tcp", addr: "169.254.169.254:7", err: "ECONNREFUSED|EACCES|EHOSTUNREACH"},
+		})
+	})
 	t.Run("link-local", func(t *testing.T) {
 		check(t, []string{"--link-local"}, append(common,
 			want{net: "tcp", addr: "169.254.169.254:7", from: ext.HostAddr4.String()},

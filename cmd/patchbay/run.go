@@ -30,6 +30,7 @@ Examples:
    patchbay run -- curl http://example.test/
    patchbay run -p 8080:80 -p 127.0.0.1:5300-5309:53/udp --name web -- ./server
    patchbay run --host-loopback -- psql -h host.patchbay.internal
+   patchbay run --bypass -- git clone https://example.test/big.git
    patchbay run --net none --pid -- sh
    patchbay run --network lab --name db -- ./database
    patchbay run --net container:db -- ss -tln
@@ -54,6 +55,7 @@ failure of patchbay itself, 126 a COMMAND that cannot be executed, 127 one that 
 			&cli.BoolFlag{Name: "pause", Hidden: true, Usage: "no command: namespaces that others join"},
 			&cli.BoolFlag{Name: "keep-id", Usage: "keep your user and group ids inside, instead of root"},
 			&cli.BoolFlag{Name: "host-loopback", Usage: "let host.patchbay.internal reach the host's 127.0.0.1 and ::1"},
+			&cli.BoolFlag{Name: "bypass", Usage: "TCP connections to the outside use sockets of the host: its speed, and its address in what COMMAND sees (see README)"},
 			&cli.BoolFlag{Name: "link-local", Usage: "let it reach link-local addresses such as 169.254.169.254 (cloud metadata)"},
 			&cli.StringSliceFlag{Name: "subnet", Usage: "the network's `CIDR`, one IPv4 and one IPv6 (default: such as no host route clashes with)"},
 			&cli.StringSliceFlag{Name: "ip", Usage: "its `ADDRESS` on the network"},
@@ -183,7 +185,7 @@ func wait(p interface{ Wait() (edge.Status, error) }) error {
 }
 
 // privateFlags make sense on a private network only.
-var privateFlags = []string{"network", "alias", "rate", "publish", "host-loopback", "link-local", "subnet", "ip", "mac", "mtu", "dns", "queues", "device", "plain-tap", "max-flows", "max-dials", "max-memory", "stats"}
+var privateFlags = []string{"network", "alias", "rate", "publish", "host-loopback", "bypass", "link-local", "subnet", "ip", "mac", "mtu", "dns", "queues", "device", "plain-tap", "max-flows", "max-dials", "max-memory", "stats"}
 
 func rejectPrivateFlags(c *cli.Context) error {
 	for _, f := range privateFlags {
@@ -219,7 +221,7 @@ func processSpec(c *cli.Context) (edge.Spec, error) {
 	if err != nil {
 		return edge.Spec{}, fmt.Errorf("working directory: %w", err)
 	}
-	return edge.Spec{Net: mode, PID: c.Bool("pid"), KeepID: c.Bool("keep-id"), Pause: c.Bool("pause"), Hostname: hostname, Argv: c.Args().Slice(), Env: os.Environ(), Dir: dir}, nil
+	return edge.Spec{Net: mode, PID: c.Bool("pid"), KeepID: c.Bool("keep-id"), Pause: c.Bool("pause"), Bypass: c.Bool("bypass"), Hostname: hostname, Argv: c.Args().Slice(), Env: os.Environ(), Dir: dir}, nil
 }
 
 func networkConfig(c *cli.Context) (node.NetworkConfig, error) {

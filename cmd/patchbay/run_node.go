@@ -21,7 +21,7 @@ import (
 )
 
 // ownNetworkFlags describe a network. A `run` that has one of them makes its own, whether a daemon runs or not.
-var ownNetworkFlags = []string{"host-loopback", "link-local", "subnet", "mtu", "dns", "max-flows", "max-dials", "max-memory", "plain-tap", "stats"}
+var ownNetworkFlags = []string{"host-loopback", "bypass", "link-local", "subnet", "mtu", "dns", "max-flows", "max-dials", "max-memory", "plain-tap", "stats"}
 
 // nodeFor is the daemon that this run is to use, and the networks to join, or nil for a network of its own: that is when it describes one, or when no daemon
 // answers and no network of one was asked for.

@@ -25,6 +25,9 @@ const lastWords = time.Second
 // closes them, or hands them to tap.New, which does. The edge process keeps duplicates, so the interface stays without them for as long as it lives.
 func (p *Process) Devices() []*tap.Handle { return p.devices }
 
+// Bypass is the listener of Spec.Bypass, nil without. It is the caller's, who answers from before Release on and closes it.
+func (p *Process) Bypass() *os.File { return p.bypass }
+
 // Notes says, one line each, what was asked for and not had but does not keep the container from working.
 // The list is complete when Release has returned.
 func (p *Process) Notes() []string {

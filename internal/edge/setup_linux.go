@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"patchbay/internal/bypass"
 	"patchbay/tap"
 )
 
@@ -39,7 +40,16 @@ func (e *edgeProc) network() error {
 			}
 		}
 	}
-	return e.link.send(message{Kind: msgDevice}) // that is all of them
+	if !e.spec.Bypass {
+		return e.link.send(message{Kind: msgDevice}) // that is all of them
+	}
+	// On the main thread, which starts COMMAND; this process connects to nothing from there.
+	listener, err := bypass.Install()
+	if err != nil {
+		return failed("bypass: %w", err)
+	}
+	defer unix.Close(listener) // COMMAND, which may trace this process, is not to answer itself
+	return e.link.send(message{Kind: msgDevice}, listener)
 }
 
 func (e *edgeProc) addInterface(f *Interface) error {

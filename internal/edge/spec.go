@@ -47,6 +47,8 @@ type Spec struct {
 	Hostname string
 	// Interfaces are made in order, in NetPrivate only.
 	Interfaces []Interface
+	// Bypass has COMMAND's connections stop until whoever holds Process.Bypass lets them go on; see package bypass. In NetPrivate only.
+	Bypass bool
 	// ResolvConf and Hosts, when not nil, are what the container reads in /etc/resolv.conf and /etc/hosts; at most 1 MiB each.
 	ResolvConf []byte
 	Hosts      []byte
@@ -124,6 +126,9 @@ func (s *Spec) check() error {
 		}
 	default:
 		return fmt.Errorf("network mode %q is unknown: use %s, %s, %s or %s:NAME", s.Net, NetPrivate, NetNone, NetHost, NetContainer)
+	}
+	if s.Bypass && s.mode() != NetPrivate {
+		return fmt.Errorf("network mode %q has no network to bypass: use %q", s.Net, NetPrivate)
 	}
 	for i, f := range s.Interfaces {
 		if f.Name == "" {

@@ -3,10 +3,12 @@ package node
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 
 	"golang.org/x/sys/unix"
 
+	"patchbay/internal/bypass"
 	"patchbay/internal/edge"
 )
 
@@ -14,6 +16,7 @@ import (
 type Container struct {
 	*Attachment
 	proc        *edge.Process
+	bypass      *bypass.Supervisor // nil without edge.Spec.Bypass
 	stopSignals func()
 
 	endOnce sync.Once
@@ -54,6 +57,9 @@ func (n *Network) Start(ctx context.Context, cfg ContainerConfig) (_ *Container,
 	if err := c.PlugTAP(c.proc.Devices()[0]); err != nil {
 		return nil, err
 	}
+	if err := c.serveBypass(); err != nil {
+		return nil, err
+	}
 	if cfg.ForwardSignals {
 		c.stopSignals = c.proc.ForwardSignals()
 	}
@@ -64,6 +70,58 @@ func (n *Network) Start(ctx context.Context, cfg ContainerConfig) (_ *Container,
 	n.containers[c] = struct{}{}
 	n.mu.Unlock()
 	return c, nil
+}
+
+// serveBypass begins to answer for the connections of a command that has them stopped.
+func (c *Container) serveBypass() error {
+	listener := c.proc.Bypass()
+	if listener == nil {
+		return nil
+	}
+	n := c.network
+	s, err := bypass.New(bypass.Config{Listener: listener, Allow: n.nat.Direct, MaxWaiting: n.cfg.Limits.HalfOpenPerContainer, Logger: n.log.With("container", c.name)})
+	if err != nil {
+		return errors.Join(fmt.Errorf("bypass: %w", err), listener.Close())
+	}
+	c.bypass = s
+	go func() {
+		if err := s.Serve(); err != nil {
+			n.log.Warn("container", "name", c.name, "error", err)
+		}
+	}()
+	return nil
+}
+
+// countBypass keeps the counters of a container that ends.
+func (n *Network) countBypass(st bypass.Stats) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.bypassed == nil {
+		n.bypassed = new(bypass.Stats)
+	}
+	n.bypassed.Add(st)
+}
+
+// bypassStats sums the counters of all containers; nil when none ever had a bypass.
+func (n *Network) bypassStats() *bypass.Stats {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var sum *bypass.Stats
+	add := func(st bypass.Stats) {
+		if sum == nil {
+			sum = new(bypass.Stats)
+		}
+		sum.Add(st)
+	}
+	if n.bypassed != nil {
+		add(*n.bypassed)
+	}
+	for c := range n.containers {
+		if c.bypass != nil {
+			add(c.bypass.Stats())
+		}
+	}
+	return sum
 }
 
 // begin adds to n.starting, unless the network is being closed.
@@ -98,6 +156,10 @@ func (c *Container) Close() error {
 		var errs []error
 		if c.proc != nil {
 			errs = append(errs, c.proc.Close())
+		}
+		if c.bypass != nil {
+			errs = append(errs, c.bypass.Close())
+			c.network.countBypass(c.bypass.Stats())
 		}
 		if c.stopSignals != nil {
 			c.stopSignals()

@@ -24,6 +24,7 @@ func TestMain(m *testing.M) {
 	edge.Main()
 	probe.Main()
 	agentMain()
+	bypassMain()
 	testbed.Main(m)
 }
 

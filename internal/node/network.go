@@ -13,6 +13,7 @@ import (
 
 	"patchbay/frame"
 	"patchbay/internal/api"
+	"patchbay/internal/bypass"
 	"patchbay/internal/dhcp"
 	"patchbay/internal/dns"
 	"patchbay/internal/wire"
@@ -66,6 +67,7 @@ type Network struct {
 	serial      int  // numbers the attachments that were given no name
 	attachments map[string]*Attachment
 	containers  map[*Container]struct{}
+	bypassed    *bypass.Stats       // of containers that are no more; nil: none ever had a bypass
 	gone        *frame.DropCounters // of devices that are no more
 
 	line line // nil but in tests

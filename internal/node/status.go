@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"patchbay/frame"
+	"patchbay/internal/bypass"
 	"patchbay/internal/capture"
 	"patchbay/internal/wire"
 	"patchbay/nat"
@@ -26,7 +27,9 @@ type Status struct {
 	Ports      []PortStatus      `json:"ports"`
 	FDB        []FDBEntry        `json:"fdb"`
 	NAT        nat.Stats         `json:"nat"`
-	Drops      []DropStatus      `json:"drops"`
+	// Bypass counts connections on sockets of the host, of all containers; nil where none ever had that.
+	Bypass *bypass.Stats `json:"bypass,omitempty"`
+	Drops  []DropStatus  `json:"drops"`
 }
 
 // ContainerStatus is one attachment.
@@ -71,7 +74,7 @@ type DropStatus struct {
 
 // Status takes a picture. Counters go on meanwhile.
 func (n *Network) Status() Status {
-	st := Status{Name: n.cfg.Name, Subnets: n.subnets, Gateway: n.gwAddrs, MTU: n.MTU(), NAT: n.nat.Stats()}
+	st := Status{Name: n.cfg.Name, Subnets: n.subnets, Gateway: n.gwAddrs, MTU: n.MTU(), NAT: n.nat.Stats(), Bypass: n.bypassStats()}
 	var drops [frame.NumDrops]uint64
 	count := func(d frame.Drop, c uint64) { drops[d] += c }
 	n.drops.Each(count)
