@@ -178,15 +178,21 @@ func shortConnections() error {
 	return nil
 }
 
-// reach waits until target accepts a connection, and returns the address it was made from.
+// reach waits until target accepts a connection, and returns the address of this side on the way there.
 func reach(ctx context.Context, target string) (net.IP, error) {
 	deadline := time.Now().Add(reachTime)
 	for {
 		d := net.Dialer{Timeout: time.Second}
 		c, err := d.DialContext(ctx, "tcp", target)
 		if err == nil {
-			defer c.Close()
-			return c.LocalAddr().(*net.TCPAddr).IP, nil
+			c.Close()
+			// By UDP, which sends nothing yet: a TCP connection may be on a socket of the host (run --bypass).
+			u, err := d.DialContext(ctx, "udp", target)
+			if err != nil {
+				return nil, err
+			}
+			defer u.Close()
+			return u.LocalAddr().(*net.UDPAddr).IP, nil
 		}
 		if time.Now().After(deadline) || ctx.Err() != nil {
 			return nil, fmt.Errorf("%s is out of reach after %v: %w", target, reachTime, err)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 )
 
@@ -44,12 +45,12 @@ func (s *site) forwarding(rules string) error {
 // direct is no contender but what there is to translate: the client on the host itself.
 func (s *site) direct() error { return s.startAgent(s.host) }
 
-func (s *site) patchbayRun(mtu int) error {
+func (s *site) patchbayRun(mtu int, flags ...string) error {
 	agent, err := s.agentRole()
 	if err != nil {
 		return err
 	}
-	return s.launchAgent(s.host, asOrdinary, append([]string{self, "run", "--mtu", strconv.Itoa(mtu), "--"}, agent...)...)
+	return s.launchAgent(s.host, asOrdinary, slices.Concat([]string{self, "run", "--mtu", strconv.Itoa(mtu)}, flags, []string{"--"}, agent)...)
 }
 
 func (s *site) gvproxy() error {

@@ -29,6 +29,8 @@ const (
 	// Not contenders but what there is without one: no translation, no switch.
 	peerHost = "host"
 	peerVeth = "veth"
+	// With sockets of the host for connections to the outside.
+	peerBypass = "patchbay@bypass"
 	// On the superframe wire, clear and sealed; peerPatchbay is plain VXLAN there.
 	peerSuperframe = "patchbay@superframe"
 	peerSealed     = "patchbay@sealed"
@@ -93,6 +95,7 @@ func peers() []peer {
 	return []peer{
 		{name: peerKernel, scenario: scenarioNAT, programs: []string{"nft"}, remedy: "install package nftables", start: (*site).masquerade},
 		{name: peerPatchbay, scenario: scenarioNAT, start: func(s *site) error { return s.patchbayRun(1500) }},
+		{name: peerBypass, scenario: scenarioNAT, start: func(s *site) error { return s.patchbayRun(1500, "--bypass") }},
 		slirp("slirp4netns", 1500),
 		pasta("pasta", "pasta", 1500),
 		pasta("pasta@newest", pastaNewest, 1500),
