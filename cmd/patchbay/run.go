@@ -150,7 +150,11 @@ func run(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	node.SetProcs(node.NATLoops + max(ctr.Queues, 1))
+	blocked := node.NATLoops + max(ctr.Queues, 1)
+	if spec.Bypass {
+		blocked++ // its supervisor
+	}
+	node.SetProcs(blocked)
 	stats, err := openStats(c.String("stats"))
 	if err != nil {
 		return err

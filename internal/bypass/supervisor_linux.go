@@ -382,12 +382,16 @@ func (s *Supervisor) bypass(n *notification, fd, theirs, flags, family int, dst 
 	}
 	s.options.carry(theirs, ours, family)
 	h := &handover{s: s, id: n.id, fd: fd, ours: ours, flags: flags}
-	switch no := connectTo(ours, family, dst); {
-	case no == 0:
+	no := connectTo(ours, family, dst)
+	if no == unix.EINPROGRESS && flags&unix.O_NONBLOCK == 0 {
+		no = connectTo(ours, family, dst) // a near end has answered by now, and nobody need be woken for it
+	}
+	switch no {
+	case 0:
 		h.give(0)
-	case no == unix.EINPROGRESS && flags&unix.O_NONBLOCK != 0:
+	case unix.EINPROGRESS:
 		h.give(unix.EINPROGRESS)
-	case no == unix.EINPROGRESS:
+	case unix.EALREADY:
 		s.await(n.id, h.wait, func() { unix.Close(ours) })
 	default:
 		h.fail(no)
