@@ -469,11 +469,11 @@ func hostileSwap(w bypassWorld) error {
 	var g sync.WaitGroup
 	g.Go(func() {
 		for i := 0; !stop.Load(); i++ {
-			_ = unix.Dup2(fd, mine)
+			_ = unix.Dup3(fd, mine, 0)
 			copy(where[:], inet[:])
 			runtime.Gosched()
 			copy(where[:], unixName[:])
-			_ = unix.Dup2(u, mine)
+			_ = unix.Dup3(u, mine, 0)
 		}
 	})
 	outcomes := map[unix.Errno]int{}
