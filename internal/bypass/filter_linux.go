@@ -45,18 +45,18 @@ func restrict() error {
 	attr := unix.LandlockRulesetAttr{Handled_access_net: unix.LANDLOCK_ACCESS_NET_CONNECT_TCP}
 	fd, _, no := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, uintptr(unsafe.Pointer(&attr)), unsafe.Offsetof(attr.Scoped), 0)
 	if no != 0 {
-		return fmt.Errorf("landlock_create_ruleset: %w", no)
+		return fmt.Errorf("Landlock's rules (landlock_create_ruleset): %w; run without the bypass", no)
 	}
 	defer unix.Close(int(fd))
 	_, _, no = unix.Syscall(unix.SYS_LANDLOCK_RESTRICT_SELF, fd, 0, 0)
 	if no == unix.EPERM { // without CAP_SYS_ADMIN in the user namespace: for those who never gain rights by executing a program
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-			return fmt.Errorf("no_new_privs: %w", err)
+			return fmt.Errorf("Landlock without privileges (PR_SET_NO_NEW_PRIVS): %w; run without the bypass", err)
 		}
 		_, _, no = unix.Syscall(unix.SYS_LANDLOCK_RESTRICT_SELF, fd, 0, 0)
 	}
 	if no != 0 {
-		return fmt.Errorf("landlock_restrict_self: %w", no)
+		return fmt.Errorf("Landlock (landlock_restrict_self): %w; run without the bypass", no)
 	}
 	return nil
 }
@@ -64,8 +64,8 @@ func restrict() error {
 // x32 is the bit of call numbers of the x32 ABI, which has the architecture of x86-64 and numbers of its own.
 const x32 = 0x40000000
 
-// filter is the program: which calls stop, and which there are not. What would go past it, or past Landlock, is left out: programs of another architecture, io_uring, and connecting by sending (MSG_FASTOPEN), which Landlock's hook of
-// connect(2) does not see.
+// filter is the program: which calls stop, and which there are not. What would go past it, or past Landlock, is left out: programs of another architecture, io_uring, TCP_ULP, and connecting by sending (MSG_FASTOPEN), which
+// Landlock's hook of connect(2) does not see.
 func filter() ([]unix.SockFilter, error) {
 	const (
 		offNr, offArch = 0, 4
@@ -81,6 +81,13 @@ func filter() ([]unix.SockFilter, error) {
 		p.when(bpf.JumpEqual, nr, unix.SECCOMP_RET_USER_NOTIF)
 	}
 	p.when(bpf.JumpEqual, unix.SYS_IO_URING_SETUP, refuse|uint32(unix.ENOSYS))
+	// TCP_ULP makes other things of a TCP socket, such as one of AF_SMC, whose connect(2) Landlock does not know.
+	p.add(bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.SYS_SETSOCKOPT, SkipFalse: 6})
+	p.add(bpf.LoadAbsolute{Off: offArgs + 8*1, Size: 4})
+	p.add(bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_TCP, SkipFalse: 3})
+	p.add(bpf.LoadAbsolute{Off: offArgs + 8*2, Size: 4})
+	p.when(bpf.JumpEqual, unix.TCP_ULP, refuse|uint32(unix.ENOPROTOOPT))
+	p.add(bpf.RetConstant{Val: unix.SECCOMP_RET_ALLOW})
 	for _, send := range []struct{ nr, flags uint32 }{{unix.SYS_SENDTO, 3}, {unix.SYS_SENDMSG, 2}, {unix.SYS_SENDMMSG, 3}} {
 		p.add(bpf.JumpIf{Cond: bpf.JumpEqual, Val: send.nr, SkipFalse: 4})
 		p.add(bpf.LoadAbsolute{Off: offArgs + 8*send.flags, Size: 4})

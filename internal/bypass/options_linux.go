@@ -3,6 +3,7 @@ package bypass
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +19,8 @@ var anyFamily = []option{
 	{unix.IPPROTO_TCP, unix.TCP_CONGESTION, 16},
 	{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 4},
 	{unix.SOL_SOCKET, unix.SO_LINGER, 8},
+	{unix.SOL_SOCKET, unix.SO_OOBINLINE, 4},
+	{unix.SOL_SOCKET, unix.SO_ZEROCOPY, 4}, // without it the completions that a program waits for do not come
 	{unix.SOL_SOCKET, unix.SO_RCVTIMEO, 16},
 	{unix.SOL_SOCKET, unix.SO_SNDTIMEO, 16},
 	{unix.IPPROTO_IP, unix.IP_TOS, 4},
@@ -101,10 +104,18 @@ const (
 	receiveLocked = 2
 )
 
-func (o option) get(fd int, buf *[16]byte) ([]byte, bool) {
+func (o option) read(fd int, buf *[16]byte) ([]byte, error) {
 	n := uint32(o.size)
 	_, _, no := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(o.level), uintptr(o.name), uintptr(unsafe.Pointer(buf)), uintptr(unsafe.Pointer(&n)), 0)
-	return buf[:min(int(n), o.size)], no == 0
+	if no != 0 {
+		return nil, no
+	}
+	return buf[:min(int(n), o.size)], nil
+}
+
+func (o option) get(fd int, buf *[16]byte) ([]byte, bool) {
+	v, err := o.read(fd, buf)
+	return v, err == nil
 }
 
 func (o option) set(fd int, v []byte) {
@@ -113,11 +124,11 @@ func (o option) set(fd int, v []byte) {
 
 // socketState is what decides about a socket.
 type socketState struct {
-	tcp    bool // and then the rest is known
-	family int
-	state  uint8 // TCP_CLOSE and the like
-	bound  bool  // to an address or port of its own
-	host   bool  // of the host's network namespace: one that was handed over
+	network uint64 // the cookie of its network namespace
+	tcp     bool   // and then the rest is known
+	family  int
+	state   uint8 // TCP_CLOSE and the like
+	chosen  bool  // bound to an address, port or interface, or marked, by whoever made it: the way it is to take is not the usual one
 }
 
 // Of net/tcp_states.h.
@@ -127,39 +138,67 @@ const (
 	tcpClose   = 7
 )
 
-// look reads fd's state; hostCookie names the host's network namespace. What cannot be read counts as a socket of the host, which has the fewest rights.
-func look(fd int, hostCookie uint64) (st socketState) {
+// look reads fd's state. An error means that fd is no socket.
+func look(fd int) (st socketState, err error) {
+	if st.network, err = netnsCookie(fd); err != nil {
+		return st, err
+	}
 	protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
 	if err != nil || protocol != unix.IPPROTO_TCP {
-		return st
-	}
-	if st.family, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || st.family != unix.AF_INET && st.family != unix.AF_INET6 {
-		return st
-	}
-	st.tcp = true
-	cookie, err := netnsCookie(fd)
-	st.host = err != nil || cookie == hostCookie
-	var buf [16]byte
-	if v, ok := (option{unix.IPPROTO_TCP, unix.TCP_INFO, 1}).get(fd, &buf); ok && len(v) == 1 {
-		st.state = v[0]
+		return st, err
 	}
 	switch sa, _ := unix.Getsockname(fd); sa := sa.(type) {
 	case *unix.SockaddrInet4:
-		st.bound = sa.Port != 0 || sa.Addr != [4]byte{}
+		st.family, st.chosen = unix.AF_INET, sa.Port != 0 || sa.Addr != [4]byte{}
 	case *unix.SockaddrInet6:
-		st.bound = sa.Port != 0 || sa.Addr != [16]byte{}
+		st.family, st.chosen = unix.AF_INET6, sa.Port != 0 || sa.Addr != [16]byte{}
 	default:
-		st.bound = true
+		return st, nil
 	}
-	return st
+	st.tcp = true
+	st.state = tcpState(fd)
+	for _, name := range []int{unix.SO_BINDTOIFINDEX, unix.SO_MARK} {
+		if v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, name); err != nil || v != 0 {
+			st.chosen = true
+		}
+	}
+	return st, nil
+}
+
+// tcpState is a number of net/tcp_states.h; 0 if it cannot be read, which is none.
+func tcpState(fd int) uint8 {
+	var buf [16]byte
+	if v, ok := (option{unix.IPPROTO_TCP, unix.TCP_INFO, 1}).get(fd, &buf); ok && len(v) == 1 {
+		return v[0]
+	}
+	return 0
+}
+
+func connecting(state uint8) bool { return state == tcpSynSent || state == tcpSynRecv }
+
+// Network is the number of the network namespace that the calling thread is in, which a Supervisor has to know.
+func Network() (uint64, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	if err != nil {
+		return 0, fmt.Errorf("open a TCP socket: %w; a sandbox around patchbay refuses it", err)
+	}
+	defer unix.Close(fd)
+	cookie, err := netnsCookie(fd)
+	if err != nil {
+		return 0, fmt.Errorf("number of the network namespace (SO_NETNS_COOKIE): %w; it needs Linux 5.14 or newer", err)
+	}
+	return cookie, nil
 }
 
 // netnsCookie is the number of fd's network namespace; it is never used twice.
 func netnsCookie(fd int) (uint64, error) {
 	var buf [16]byte
 	o := option{unix.SOL_SOCKET, unix.SO_NETNS_COOKIE, 8}
-	v, ok := o.get(fd, &buf)
-	if !ok || len(v) != 8 {
+	v, err := o.read(fd, &buf)
+	if err != nil {
+		return 0, err
+	}
+	if len(v) != 8 {
 		return 0, unix.ENOPROTOOPT
 	}
 	return binary.NativeEndian.Uint64(v), nil

@@ -1,7 +1,6 @@
 package bypass
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -19,11 +18,13 @@ import (
 
 // Config is what New needs.
 type Config struct {
-	// Listener is what Install returned. It becomes the Supervisor's when New succeeds.
+	// Listener is what Install returned. The Supervisor makes a duplicate. Required.
 	Listener *os.File
-	// Allow says whether a connection to dst may be made on the host, to that very address. It is called by Serve's goroutine and must not block. Required.
+	// Network is the container's network namespace, as Network tells inside. Sockets of others, such as those of a sandbox within the container, are connected where they are. Required.
+	Network uint64
+	// Allow says whether a connection to dst may be made on the host, to that very address. It is called by the Supervisor's goroutine and must not block. Required.
 	Allow func(dst netip.Addr) bool
-	// MaxWaiting bounds the connections that wait for an answer on sockets that block. Default 1024.
+	// MaxWaiting bounds the connections that wait for an answer on sockets that block, the host's and the container's. Default 256.
 	MaxWaiting int
 	// Logger gets what does not work, once each. Default: none.
 	Logger *slog.Logger
@@ -31,34 +32,11 @@ type Config struct {
 
 // Stats are a Supervisor's counters.
 type Stats struct {
-	Sockets uint64 `json:"sockets"` // of the host, handed to the container
-	Failed  uint64 `json:"failed"`  // connections on the host that could not be made, as the container was told
+	Sockets uint64 `json:"sockets"` // of the host, handed to the container, connected or connecting
+	Failed  uint64 `json:"failed"`  // connections on the host that failed at once or while the container waited, as it was told
 	Left    uint64 `json:"left"`    // connections left to the network and NAT
 	Full    uint64 `json:"full"`    // refused: too many waited
 	Waiting int    `json:"waiting"` // for an answer, now
-}
-
-// Supervisor answers a container's calls. See the package documentation.
-type Supervisor struct {
-	cfg     Config
-	log     *slog.Logger
-	fd      int
-	cookie  uint64 // of the host's network namespace
-	tasks   tasks
-	options *carrier
-
-	sockets, failed, left, full atomic.Uint64
-	waiting                     atomic.Int32
-
-	stop    *os.File // an eventfd: Close
-	ctx     context.Context
-	cancel  context.CancelFunc // with stop
-	waiters sync.WaitGroup
-	done    chan struct{} // Serve has returned
-	once    sync.Once
-	serving atomic.Bool
-
-	said sync.Map // what was logged
 }
 
 // Add adds the counters of another.
@@ -70,43 +48,59 @@ func (s *Stats) Add(o Stats) {
 	s.Waiting += o.Waiting
 }
 
-// New makes a Supervisor, or says what this kernel lacks.
+// Supervisor answers a container's calls. See the package documentation.
+type Supervisor struct {
+	cfg     Config
+	log     *slog.Logger
+	fd      int    // the listener
+	stop    int    // an eventfd: Close
+	host    uint64 // the host's network namespace
+	tasks   tasks
+	epolls  epolls
+	options *carrier
+
+	sockets, failed, left, full atomic.Uint64
+	waiting                     atomic.Int32
+
+	running sync.WaitGroup // serve, and what it has started
+	once    sync.Once
+	said    sync.Map // what was logged
+}
+
+// New makes a Supervisor and starts it, or says what this kernel lacks. It answers until the container has no process any more, or Close.
 func New(cfg Config) (*Supervisor, error) {
 	if cfg.MaxWaiting <= 0 {
-		cfg.MaxWaiting = 1024
+		cfg.MaxWaiting = 256
 	}
-	s := &Supervisor{cfg: cfg, log: cfg.Logger, options: newCarrier(), tasks: tasks{byTID: map[int]*task{}, epollMade: time.Now()}, done: make(chan struct{})}
+	s := &Supervisor{cfg: cfg, log: cfg.Logger, options: newCarrier(), tasks: tasks{byTID: map[int]*task{}}}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	if err := s.probe(); err != nil {
+	var err error
+	if s.host, err = Network(); err != nil {
 		return nil, err
 	}
-	e, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		return nil, fmt.Errorf("eventfd: %w", err)
+	if err := probeKcmp(); err != nil {
+		return nil, err
 	}
-	s.stop = os.NewFile(uintptr(e), "stop")
-	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.fd = int(cfg.Listener.Fd())
+	if s.fd, err = unix.FcntlInt(cfg.Listener.Fd(), unix.F_DUPFD_CLOEXEC, 0); err != nil {
+		return nil, fmt.Errorf("seccomp listener: %w; raise the limit of open files", err)
+	}
+	if s.stop, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
+		unix.Close(s.fd)
+		return nil, fmt.Errorf("eventfd: %w; raise the limit of open files", err)
+	}
 	// One core then hands over to the other side and back without waking another one (Linux 6.6).
 	_, _, _ = unix.Syscall(unix.SYS_IOCTL, uintptr(s.fd), unix.SECCOMP_IOCTL_NOTIF_SET_FLAGS, unix.SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
+	s.running.Go(s.serve)
 	return s, nil
 }
 
-// probe looks for what every connection needs.
-func (s *Supervisor) probe() error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
-	if err != nil {
-		return fmt.Errorf("socket: %w", err)
-	}
-	defer unix.Close(fd)
-	if s.cookie, err = netnsCookie(fd); err != nil {
-		return fmt.Errorf("SO_NETNS_COOKIE: %w; it needs Linux 5.14 or newer", err)
-	}
-	_, _, no := unix.Syscall6(unix.SYS_KCMP, uintptr(os.Getpid()), uintptr(os.Getpid()), 0, uintptr(fd), uintptr(fd), 0)
-	if no != 0 {
-		return fmt.Errorf("kcmp: %w; the kernel is built without CONFIG_KCMP, or a sandbox refuses it", no)
+// probeKcmp tries the call that says who watches a socket.
+func probeKcmp() error {
+	self := uintptr(os.Getpid())
+	if _, _, no := unix.Syscall6(unix.SYS_KCMP, self, self, 0, 0, 0, 0); no != 0 && no != unix.EBADF {
+		return fmt.Errorf("kcmp: %w; the kernel is built without CONFIG_KCMP, or a sandbox refuses it: run without the bypass", no)
 	}
 	return nil
 }
@@ -119,7 +113,7 @@ func (s *Supervisor) Stats() Stats {
 // notification and its like are of linux/seccomp.h.
 type notification struct {
 	id    uint64
-	pid   uint32
+	tid   uint32
 	flags uint32
 	data  struct {
 		nr   int32
@@ -128,6 +122,9 @@ type notification struct {
 		args [6]uint64
 	}
 }
+
+// arg is an argument that is an int.
+func (n *notification) arg(i int) int { return int(int32(n.data.args[i])) }
 
 type response struct {
 	id    uint64
@@ -144,67 +141,79 @@ type addFD struct {
 	newFDFlags uint32
 }
 
-// Serve answers until the container has no process any more, or Close. It blocks its thread.
-func (s *Supervisor) Serve() error {
-	if !s.serving.CompareAndSwap(false, true) {
-		return errors.New("bypass: Serve was called before")
-	}
-	defer close(s.done)
+// serve answers on a thread of its own.
+func (s *Supervisor) serve() {
 	defer s.tasks.close()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	fds := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLIN}, {Fd: int32(s.stop.Fd()), Events: unix.POLLIN}}
+	fds := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLIN}, {Fd: int32(s.stop), Events: unix.POLLIN}}
 	for {
 		if _, err := unix.Poll(fds, -1); errors.Is(err, unix.EINTR) {
 			continue
 		} else if err != nil {
-			return fmt.Errorf("bypass: poll: %w", err)
+			s.complain("poll", err)
+			return
 		}
-		if fds[1].Revents != 0 {
-			return nil
-		}
-		if fds[0].Revents&unix.POLLIN == 0 {
-			return nil // POLLHUP: nobody is left
+		if fds[1].Revents != 0 || fds[0].Revents&unix.POLLIN == 0 { // Close, or POLLHUP: nobody is left
+			return
 		}
 		var n notification
 		switch no := s.ioctl(unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&n)); no {
 		case 0:
 			s.handle(&n)
-		case unix.ENOENT, unix.EINTR: // who called has ended
+		case unix.ENOENT: // who called has ended
 		case unix.ENOTCONN:
-			return nil
+			return
 		default:
-			return fmt.Errorf("bypass: SECCOMP_IOCTL_NOTIF_RECV: %w", no)
+			s.complain("receive", no)
+			return
 		}
 	}
 }
 
-// Close ends Serve and what waits. Calls that the container makes afterwards fail with ENOSYS; it is for when the container is at its end.
+// closeGrace is how long Close waits for what the Supervisor does at that moment.
+const closeGrace = time.Second
+
+// Close ends the Supervisor. Calls that the container makes afterwards fail with ENOSYS; it is for when the container is at its end. It returns within closeGrace: before Linux 6.11 the kernel may keep the Supervisor's thread asleep
+// for a call whose caller was killed just then; that thread and its two descriptors are left behind.
 func (s *Supervisor) Close() error {
 	s.once.Do(func() {
-		s.cancel()
-		_, _ = unix.Write(int(s.stop.Fd()), binary.NativeEndian.AppendUint64(nil, 1))
-		if s.serving.Load() {
-			select {
-			case <-s.done:
-			case <-time.After(closeGrace):
-				// Before Linux 6.11 it may sleep for a call whose caller was killed just then, until the next one.
-				return
-			}
+		_, _ = unix.Write(s.stop, binary.NativeEndian.AppendUint64(nil, 1))
+		ended := make(chan struct{})
+		go func() {
+			s.running.Wait()
+			unix.Close(s.stop)
+			unix.Close(s.fd)
+			close(ended)
+		}()
+		select {
+		case <-ended:
+		case <-time.After(closeGrace):
 		}
-		s.waiters.Wait()
-		_ = s.stop.Close()
-		_ = s.cfg.Listener.Close()
 	})
 	return nil
 }
 
-// closeGrace is how long Close waits for Serve.
-const closeGrace = time.Second
-
 func (s *Supervisor) ioctl(cmd uintptr, arg unsafe.Pointer) unix.Errno {
-	_, _, no := unix.Syscall(unix.SYS_IOCTL, uintptr(s.fd), cmd, uintptr(arg))
-	return no
+	for {
+		if _, _, no := unix.Syscall(unix.SYS_IOCTL, uintptr(s.fd), cmd, uintptr(arg)); no != unix.EINTR { // the runtime signals its threads
+			return no
+		}
+	}
+}
+
+// put gives the caller of id a duplicate of fd, under number, or under the lowest free one where that is -1. It is not SECCOMP_ADDFD_FLAG_SEND, which answers as well: interrupted by a signal, that has the call return 0 and no descriptor
+// (kernel/seccomp.c, seccomp_notify_addfd).
+func (s *Supervisor) put(id uint64, fd, number, flags int) (int, unix.Errno) {
+	a := addFD{id: id, srcFD: uint32(fd), newFDFlags: uint32(flags & unix.O_CLOEXEC)}
+	if number >= 0 {
+		a.flags, a.newFD = unix.SECCOMP_ADDFD_FLAG_SETFD, uint32(number)
+	}
+	for {
+		if n, _, no := unix.Syscall(unix.SYS_IOCTL, uintptr(s.fd), unix.SECCOMP_IOCTL_NOTIF_ADDFD, uintptr(unsafe.Pointer(&a))); no != unix.EINTR {
+			return int(n), no
+		}
+	}
 }
 
 func (s *Supervisor) handle(n *notification) {
@@ -214,8 +223,7 @@ func (s *Supervisor) handle(n *notification) {
 	case unix.SYS_LISTEN:
 		s.listen(n)
 	default:
-		s.tasks.epollMade = time.Now()
-		s.goOn(n.id)
+		s.makeEpoll(n)
 	}
 }
 
@@ -224,13 +232,13 @@ func (s *Supervisor) goOn(id uint64) {
 	s.answer(response{id: id, flags: unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE})
 }
 
-// result has the call return err, or success.
+// result has the call return err, or success. Descriptors of the caller's are closed before: the last one to close a socket is who waits for its SO_LINGER, and that is the caller.
 func (s *Supervisor) result(id uint64, err unix.Errno) {
 	s.answer(response{id: id, error: -int32(err)})
 }
 
 func (s *Supervisor) answer(r response) {
-	if no := s.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r)); no != 0 && no != unix.ENOENT { // ENOENT: it has ended, or a signal has interrupted it and it asks anew
+	if no := s.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r)); no != 0 && no != unix.ENOENT { // ENOENT: it has ended, or a signal has interrupted it
 		s.complain("answer", no)
 	}
 }
@@ -242,7 +250,7 @@ func (s *Supervisor) complain(what string, err error) {
 	}
 }
 
-// refusal is what a call returns whose socket cannot be looked at: a bad number is the caller's mistake, anything else ours, such as a process that the kernel lets nobody look into (an executable that is not readable).
+// refusal is what a call returns whose descriptor cannot be looked at: a bad number is the caller's mistake, anything else ours.
 func (s *Supervisor) refusal(err error) unix.Errno {
 	if errors.Is(err, unix.EBADF) {
 		return unix.EBADF
@@ -251,60 +259,111 @@ func (s *Supervisor) refusal(err error) unix.Errno {
 	return unix.EACCES
 }
 
+// beside runs f in a goroutine, one of MaxWaiting at most. It reports whether it does.
+func (s *Supervisor) beside(f func()) bool {
+	if int(s.waiting.Add(1)) > s.cfg.MaxWaiting {
+		s.waiting.Add(-1)
+		s.full.Add(1)
+		return false
+	}
+	s.running.Go(func() {
+		defer s.waiting.Add(-1)
+		f()
+	})
+	return true
+}
+
+// letGo closes a duplicate whose end may take time if the caller has closed his meanwhile: a connected socket lingers (SO_LINGER), a file system of the caller's own thinks. This goroutine is not to wait for that.
+func (s *Supervisor) letGo(fd int) {
+	if !s.beside(func() { unix.Close(fd) }) {
+		unix.Close(fd)
+	}
+}
+
+// makeEpoll makes an epoll instance for the caller, so that its number is known: whether a socket is watched decides whether it can be replaced.
+func (s *Supervisor) makeEpoll(n *notification) {
+	flags := 0
+	if n.data.nr == unix.SYS_EPOLL_CREATE1 {
+		flags = n.arg(0)
+	}
+	if flags&^unix.EPOLL_CLOEXEC != 0 || n.data.nr != unix.SYS_EPOLL_CREATE1 && n.arg(0) <= 0 {
+		s.result(n.id, unix.EINVAL)
+		return
+	}
+	e, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		s.result(n.id, errnoOf(err))
+		return
+	}
+	number, no := s.put(n.id, e, -1, flags)
+	unix.Close(e)
+	switch no {
+	case 0:
+		s.epolls.add(number)
+		s.answer(response{id: n.id, val: int64(number)})
+	case unix.ENOENT: // it has ended
+	default:
+		s.result(n.id, no) // EMFILE
+	}
+}
+
 // listen carries listen(2) out, with its descriptor and backlog, but for a socket of the host. It never lets the kernel go on with the call, since the descriptor could be another by then; so the process that SO_PEERCRED names to who
 // connects to a unix socket is this one, with the same user.
 func (s *Supervisor) listen(n *notification) {
-	_, theirs, err := s.tasks.socket(int(n.pid), int(int32(n.data.args[0])))
+	_, theirs, err := s.tasks.descriptor(int(n.tid), n.arg(0))
 	if err != nil {
 		s.result(n.id, s.refusal(err))
 		return
 	}
-	defer unix.Close(theirs)
-	if look(theirs, s.cookie).host {
-		s.result(n.id, unix.EPERM)
-		return
+	st, err := look(theirs)
+	no := errnoOf(err) // ENOTSOCK
+	switch {
+	case err != nil:
+	case st.network == s.host:
+		no = unix.EPERM
+	default:
+		no = errnoOf(unix.Listen(theirs, n.arg(1)))
 	}
-	s.result(n.id, errnoOf(unix.Listen(theirs, int(int32(n.data.args[1])))))
+	s.letGo(theirs)
+	s.result(n.id, no)
 }
 
 // connect decides about one connect(2). Its arguments are descriptor, address and length of the address.
 func (s *Supervisor) connect(n *notification) {
-	fd := int(int32(n.data.args[0]))
+	fd := n.arg(0)
 	dst, ok := s.destination(n)
 	if !ok {
 		s.goOn(n.id) // another family, or nonsense that the kernel names best
 		return
 	}
-	t, theirs, err := s.tasks.socket(int(n.pid), fd)
+	t, theirs, err := s.tasks.descriptor(int(n.tid), fd)
 	if err != nil {
 		s.result(n.id, s.refusal(err))
 		return
 	}
-	st := look(theirs, s.cookie)
-	if !st.tcp {
-		unix.Close(theirs)
+	st, err := look(theirs)
+	if err != nil || !st.tcp {
+		s.letGo(theirs)
 		s.goOn(n.id)
 		return
 	}
 	allowed := dst.Port() != 0 && s.cfg.Allow(dst.Addr().Unmap())
-	if st.host {
+	if st.network == s.host {
 		s.again(n, t, fd, theirs, st, dst, allowed)
 		return
 	}
-	flags, ok := s.replaceable(t, fd, st)
-	if !allowed || !ok {
-		s.leave(n.id, theirs, st.family, dst)
-		return
+	if allowed && st.network == s.cfg.Network && st.state == tcpClose && !st.chosen {
+		if flags, ok := s.replaceable(t, fd); ok {
+			s.bypass(n, fd, theirs, flags, st.family, dst)
+			return
+		}
 	}
-	s.bypass(n, fd, theirs, flags, st.family, dst)
+	s.leave(n.id, theirs, st.family, dst)
 }
 
-// replaceable reports whether the socket that t has as fd can be another one without t's noticing, and its flags.
-func (s *Supervisor) replaceable(t *task, fd int, st socketState) (flags int, ok bool) {
-	if st.state != tcpClose || st.bound && !st.host {
-		return 0, false
-	}
-	watched, err := s.tasks.watched(t, fd)
+// replaceable reports whether what t has as fd can be another socket without t's noticing, and its flags.
+func (s *Supervisor) replaceable(t *task, fd int) (flags int, ok bool) {
+	watched, err := s.epolls.watch(t.tid, fd)
 	if err == nil && !watched {
 		flags, err = t.flags(fd)
 	}
@@ -315,100 +374,170 @@ func (s *Supervisor) replaceable(t *task, fd int, st socketState) (flags int, ok
 	return flags, !watched
 }
 
-// again is connect(2) on a socket that was handed over before: to ask how the first is getting on, or because that failed. It takes over theirs.
-func (s *Supervisor) again(n *notification, t *task, fd, theirs int, st socketState, dst netip.AddrPort, allowed bool) {
-	no := unix.EISCONN
-	switch st.state {
-	case tcpSynSent, tcpSynRecv:
-		no = unix.EALREADY
-	case tcpClose:
-		// What the attempt before came to, as connect(2) tells who asks by it. A reset is none: it is what disconnecting by AF_UNSPEC leaves behind.
-		if pending, err := unix.GetsockoptInt(theirs, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && pending != 0 && pending != int(unix.ECONNRESET) {
-			no = unix.Errno(pending)
-			break
-		}
-		if flags, ok := s.replaceable(t, fd, st); ok && allowed {
-			s.bypass(n, fd, theirs, flags, st.family, dst)
-			return
-		}
-		no = unix.EADDRNOTAVAIL // the container's own socket, which could reach the rest, is gone
-	}
-	unix.Close(theirs)
-	s.failed.Add(1)
-	s.result(n.id, no)
-}
-
-// leave connects the container's own socket, which it takes over a duplicate of, to where the network and NAT lead. A socket that blocks does so in a goroutine.
-func (s *Supervisor) leave(id uint64, theirs, family int, dst netip.AddrPort) {
-	s.left.Add(1)
-	flags, err := unix.FcntlInt(uintptr(theirs), unix.F_GETFL, 0)
-	if err == nil && flags&unix.O_NONBLOCK != 0 {
-		s.result(id, connectTo(theirs, family, dst))
-		unix.Close(theirs)
-		return
-	}
-	s.await(id, func() {
-		defer unix.Close(theirs)
-		// A connect that sleeps ends when the socket is shut down.
-		defer context.AfterFunc(s.ctx, func() { _ = unix.Shutdown(theirs, unix.SHUT_RDWR) })()
-		s.result(id, connectTo(theirs, family, dst))
-	}, func() { unix.Close(theirs) })
-}
-
-// await runs f beside Serve, or refuses the call and cleans up when too many wait already.
-func (s *Supervisor) await(id uint64, f, cleanup func()) {
-	if int(s.waiting.Add(1)) > s.cfg.MaxWaiting {
-		s.waiting.Add(-1)
-		s.full.Add(1)
-		cleanup()
-		s.result(id, unix.EAGAIN)
-		return
-	}
-	s.waiters.Go(func() {
-		defer s.waiting.Add(-1)
-		f()
-	})
-}
-
-// bypass connects a socket of the host in the place of theirs, which it takes over.
+// bypass connects a socket of the host in the place of theirs, which it takes over. Where the caller waits, he has the new socket from the beginning: a signal that interrupts him leaves him with one that connects, as it would without a
+// Supervisor.
 func (s *Supervisor) bypass(n *notification, fd, theirs, flags, family int, dst netip.AddrPort) {
-	defer unix.Close(theirs)
 	ours, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_TCP)
 	if err != nil {
+		unix.Close(theirs)
 		s.complain("socket", err)
 		s.failed.Add(1)
 		s.result(n.id, errnoOf(err))
 		return
 	}
 	s.options.carry(theirs, ours, family)
-	h := &handover{s: s, id: n.id, fd: fd, ours: ours, flags: flags}
-	no := connectTo(ours, family, dst)
-	if no == unix.EINPROGRESS && flags&unix.O_NONBLOCK == 0 {
-		no = connectTo(ours, family, dst) // a near end has answered by now, and nobody need be woken for it
+	unix.Close(theirs) // it was never connected: nothing lingers
+	no, waits := connectTo(ours, family, dst), flags&unix.O_NONBLOCK == 0
+	if no == unix.EINPROGRESS && waits && tcpState(ours) == tcpClose {
+		no = settle(ours, family) // refused already: the caller keeps his own socket
 	}
-	switch no {
-	case 0:
-		h.give(0)
-	case unix.EINPROGRESS:
-		h.give(unix.EINPROGRESS)
-	case unix.EALREADY:
-		s.await(n.id, h.wait, func() { unix.Close(ours) })
-	default:
-		h.fail(no)
+	if no != 0 && no != unix.EINPROGRESS {
+		unix.Close(ours)
+		s.failed.Add(1)
+		s.result(n.id, no)
+		return
 	}
+	if waits {
+		_, _ = unix.FcntlInt(uintptr(ours), unix.F_SETFL, 0)
+	}
+	if _, given := s.put(n.id, ours, fd, flags); given != 0 {
+		unix.Close(ours)
+		if given != unix.ENOENT { // his limit of open files is below the descriptor's number, for instance
+			s.complain("hand over", given)
+			s.failed.Add(1)
+			s.result(n.id, unix.EACCES)
+		}
+		return
+	}
+	s.sockets.Add(1)
+	if waits {
+		s.await(n.id, ours, family, true)
+		return
+	}
+	s.letGo(ours)
+	s.result(n.id, no)
+}
+
+// again is connect(2) on a socket that was handed over before: to ask how that is getting on, to wait for it, or because it failed. It takes over theirs, and never connects it anywhere: it is the host's.
+func (s *Supervisor) again(n *notification, t *task, fd, theirs int, st socketState, dst netip.AddrPort, allowed bool) {
+	if connecting(st.state) && blocks(theirs) {
+		s.await(n.id, theirs, st.family, true)
+		return
+	}
+	no := settle(theirs, st.family)
+	if no == errUnconnected {
+		if flags, ok := s.replaceable(t, fd); ok && allowed {
+			s.bypass(n, fd, theirs, flags, st.family, dst)
+			return
+		}
+		no = unix.EADDRNOTAVAIL // the container's own socket, which could reach the rest, is gone
+	}
+	s.letGo(theirs)
+	s.result(n.id, no)
+}
+
+func blocks(fd int) bool {
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	return err == nil && flags&unix.O_NONBLOCK == 0
+}
+
+// leave connects a socket of the container's own, a duplicate of which it takes over, to where the network and NAT lead.
+func (s *Supervisor) leave(id uint64, theirs, family int, dst netip.AddrPort) {
+	s.left.Add(1)
+	wait := blocks(theirs)
+	if wait { // for a moment it does not: who else has it has nothing to do with it before it is connected
+		_ = unix.SetNonblock(theirs, true)
+	}
+	no := connectTo(theirs, family, dst)
+	if wait {
+		_ = unix.SetNonblock(theirs, false)
+		if no == unix.EINPROGRESS || no == unix.EALREADY {
+			s.await(id, theirs, family, false)
+			return
+		}
+	}
+	s.letGo(theirs)
+	s.result(id, no)
+}
+
+// callerThere is how often, while the far end is silent, it is asked whether the caller still waits.
+const callerThere = time.Second
+
+// await answers a caller who waits for fd, a duplicate that it takes over, to connect; counted says that a failure is one of the host's.
+func (s *Supervisor) await(id uint64, fd, family int, counted bool) {
+	if !connecting(tcpState(fd)) { // a near end has answered by now, and nobody need be woken for it
+		no := settle(fd, family)
+		s.letGo(fd)
+		s.result(id, no)
+		return
+	}
+	ok := s.beside(func() {
+		no, there := s.connected(id, fd, family)
+		unix.Close(fd)
+		if !there {
+			return
+		}
+		if no != 0 && no != unix.EINPROGRESS && counted {
+			s.failed.Add(1)
+		}
+		s.result(id, no)
+	})
+	if !ok {
+		unix.Close(fd)
+		s.result(id, unix.EAGAIN)
+	}
+}
+
+// connected waits until fd has connected, or not, or SO_SNDTIMEO is over (EINPROGRESS, as connect(2) has it). there is false when nobody waits for the answer any more.
+func (s *Supervisor) connected(id uint64, fd, family int) (no unix.Errno, there bool) {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}, {Fd: int32(s.stop), Events: unix.POLLIN}}
+	var deadline time.Time
+	if d := sendTimeout(fd); d > 0 {
+		deadline = time.Now().Add(d)
+	}
+	for {
+		step := callerThere
+		if !deadline.IsZero() {
+			step = max(min(step, time.Until(deadline)), 0)
+		}
+		switch n, err := unix.Poll(fds, int((step+time.Millisecond-1)/time.Millisecond)); {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return errnoOf(err), true
+		case fds[1].Revents != 0 || s.ioctl(unix.SECCOMP_IOCTL_NOTIF_ID_VALID, unsafe.Pointer(&id)) != 0:
+			return 0, false
+		case n == 0:
+			if !deadline.IsZero() && !time.Now().Before(deadline) {
+				return unix.EINPROGRESS, true
+			}
+			continue
+		}
+		return settle(fd, family), true
+	}
+}
+
+// sendTimeout is fd's SO_SNDTIMEO; 0 is none.
+func sendTimeout(fd int) time.Duration {
+	var buf [16]byte
+	v, ok := option{unix.SOL_SOCKET, unix.SO_SNDTIMEO, 16}.get(fd, &buf)
+	if !ok || len(v) != 16 {
+		return 0
+	}
+	return time.Duration(binary.NativeEndian.Uint64(v))*time.Second + time.Duration(binary.NativeEndian.Uint64(v[8:]))*time.Microsecond
 }
 
 // destination reads the address out of the caller's memory. ok is false for all but IPv4 and IPv6 with the length that the kernel wants.
 func (s *Supervisor) destination(n *notification) (dst netip.AddrPort, ok bool) {
 	var buf [unix.SizeofSockaddrInet6]byte
-	length := int(int32(n.data.args[2]))
+	length := n.arg(2)
 	if length < unix.SizeofSockaddrInet4 || n.data.args[1] == 0 {
 		return dst, false
 	}
 	size := min(length, len(buf))
 	local := unix.Iovec{Base: &buf[0]}
 	local.SetLen(size)
-	got, err := unix.ProcessVMReadv(int(n.pid), []unix.Iovec{local}, []unix.RemoteIovec{{Base: uintptr(n.data.args[1]), Len: size}}, 0)
+	got, err := unix.ProcessVMReadv(int(n.tid), []unix.Iovec{local}, []unix.RemoteIovec{{Base: uintptr(n.data.args[1]), Len: size}}, 0)
 	if err != nil {
 		if !errors.Is(err, unix.EFAULT) && !errors.Is(err, unix.ESRCH) {
 			s.complain("memory", err)
@@ -450,96 +579,24 @@ func connectTo(fd, family int, dst netip.AddrPort) unix.Errno {
 	return errnoOf(unix.Connect(fd, sa))
 }
 
-func errnoOf(err error) (no unix.Errno) {
-	errors.As(err, &no)
+// errUnconnected is what settle says of a socket that neither connects nor is connected.
+const errUnconnected = unix.EAFNOSUPPORT
+
+// settle is connect(2) on a socket that has been told where to: 0 the first time that it is connected, EISCONN afterwards, EALREADY, or why it failed. It cannot connect a socket that has not, or has no more: the address is of the
+// other family, which the kernel finds out when it comes to look at it (net/ipv4/af_inet.c, __inet_stream_connect).
+func settle(fd, family int) unix.Errno {
+	var sa unix.Sockaddr = &unix.SockaddrInet6{}
+	if family == unix.AF_INET6 {
+		sa = &unix.SockaddrInet4{}
+	}
+	no := errnoOf(unix.Connect(fd, sa))
+	if no == unix.EINVAL { // IPv6 finds the address too short first
+		return errUnconnected
+	}
 	return no
 }
 
-// handover is a socket of the host on its way to a caller.
-type handover struct {
-	s     *Supervisor
-	id    uint64
-	fd    int // the caller's number
-	ours  int
-	flags int // of the caller's socket and descriptor
-}
-
-// give puts the socket in the place of the caller's, and has connect(2) return result.
-func (h *handover) give(result unix.Errno) {
-	defer unix.Close(h.ours)
-	if h.flags&unix.O_NONBLOCK == 0 {
-		if err := unix.SetNonblock(h.ours, false); err != nil {
-			h.s.complain("fcntl", err)
-		}
-	}
-	a := addFD{id: h.id, flags: unix.SECCOMP_ADDFD_FLAG_SETFD, srcFD: uint32(h.ours), newFD: uint32(h.fd), newFDFlags: uint32(h.flags & unix.O_CLOEXEC)}
-	if no := h.s.ioctl(unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(&a)); no != 0 {
-		if no != unix.ENOENT {
-			h.s.complain("hand over", no)
-			h.s.failed.Add(1)
-			h.s.result(h.id, unix.EACCES)
-		}
-		return
-	}
-	h.s.sockets.Add(1)
-	h.s.result(h.id, result)
-}
-
-func (h *handover) fail(no unix.Errno) {
-	unix.Close(h.ours)
-	h.s.failed.Add(1)
-	h.s.result(h.id, no)
-}
-
-// callerThere is how often, while the far end is silent, a waiter looks whether its caller still waits.
-const callerThere = time.Second
-
-// wait waits for the answer to a socket that blocks.
-func (h *handover) wait() {
-	fds := []unix.PollFd{{Fd: int32(h.ours), Events: unix.POLLOUT}, {Fd: int32(h.s.stop.Fd()), Events: unix.POLLIN}}
-	deadline := h.sendTimeout()
-	for {
-		n, err := unix.Poll(fds, int(callerThere.Milliseconds()))
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case err != nil, fds[1].Revents != 0:
-			unix.Close(h.ours)
-			return
-		case n == 0:
-			if id := h.id; h.s.ioctl(unix.SECCOMP_IOCTL_NOTIF_ID_VALID, unsafe.Pointer(&id)) != 0 {
-				unix.Close(h.ours)
-				return
-			}
-			if !deadline.IsZero() && time.Now().After(deadline) {
-				h.give(unix.EINPROGRESS) // what connect(2) says where SO_SNDTIMEO has passed
-				return
-			}
-			continue
-		}
-		no, err := unix.GetsockoptInt(h.ours, unix.SOL_SOCKET, unix.SO_ERROR)
-		if err != nil {
-			no = int(unix.EIO)
-		}
-		if no != 0 {
-			h.fail(unix.Errno(no))
-			return
-		}
-		h.give(0)
-		return
-	}
-}
-
-// sendTimeout is when connect(2) gives up by SO_SNDTIMEO.
-func (h *handover) sendTimeout() time.Time {
-	var buf [16]byte
-	v, ok := option{unix.SOL_SOCKET, unix.SO_SNDTIMEO, 16}.get(h.ours, &buf)
-	if !ok || len(v) != 16 {
-		return time.Time{}
-	}
-	d := time.Duration(binary.NativeEndian.Uint64(v))*time.Second + time.Duration(binary.NativeEndian.Uint64(v[8:]))*time.Microsecond
-	if d <= 0 {
-		return time.Time{}
-	}
-	return time.Now().Add(d)
+func errnoOf(err error) (no unix.Errno) {
+	errors.As(err, &no)
+	return no
 }

@@ -6,7 +6,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -15,25 +14,18 @@ import (
 // maxTasks bounds the threads that a Supervisor remembers, each with two descriptors.
 const maxTasks = 64
 
-// newEpoll is how long after the making of an epoll instance, which is told of before it is there, a look at a thread's descriptors may have been too early.
-const newEpoll = 50 * time.Millisecond
-
-// task is a thread that connects.
+// task is a thread that connects or listens.
 type task struct {
-	tid    int
-	pidfd  int
-	proc   *os.File // /proc/TID
-	looked time.Time
-	epolls []int // its epoll instances at that time
-	used   uint64
+	tid   int
+	pidfd int
+	proc  *os.File // /proc/TID
+	used  uint64
 }
 
 // tasks remembers threads, since most that connect do so again. It is for one goroutine.
 type tasks struct {
 	byTID map[int]*task
 	clock uint64
-	// epollMade is when somebody last made an epoll instance.
-	epollMade time.Time
 }
 
 // get opens thread tid, or finds it opened.
@@ -78,8 +70,8 @@ func (ts *tasks) close() {
 	}
 }
 
-// socket is a duplicate of a descriptor of thread tid, which is looked up anew if who had that number has ended.
-func (ts *tasks) socket(tid, fd int) (*task, int, error) {
+// descriptor is a duplicate of a descriptor of thread tid, which is looked up anew if who had that number has ended.
+func (ts *tasks) descriptor(tid, fd int) (*task, int, error) {
 	t, err := ts.get(tid)
 	if err != nil {
 		return nil, -1, err
@@ -140,25 +132,42 @@ func parseFlags(info string) (int, error) {
 	return 0, errors.New("no flags in fdinfo")
 }
 
-// watched reports whether an epoll instance of t watches fd.
-func (ts *tasks) watched(t *task, fd int) (bool, error) {
-	if t.looked.Before(ts.epollMade.Add(newEpoll)) {
-		now := time.Now()
-		epolls, err := t.findEpolls()
-		if err != nil {
-			return false, err
+// maxEpolls bounds the numbers that are remembered and looked at for each connection.
+const maxEpolls = 64
+
+// epolls are the numbers under which processes of the container have got their epoll instances, all processes' together: few differ, and a child has its parent's.
+type epolls struct {
+	numbers []int
+	full    bool // there were more: what is watched is not known any more
+}
+
+func (e *epolls) add(fd int) {
+	for _, n := range e.numbers {
+		if n == fd {
+			return
 		}
-		t.epolls, t.looked = epolls, now
 	}
-	for _, e := range t.epolls {
-		slot := kcmpEpollSlot{efd: uint32(e), tfd: uint32(fd)}
-		r, _, no := unix.Syscall6(unix.SYS_KCMP, uintptr(t.tid), uintptr(t.tid), kcmpEpollTFD, uintptr(fd), uintptr(unsafe.Pointer(&slot)), 0)
+	if len(e.numbers) == maxEpolls {
+		e.full = true
+		return
+	}
+	e.numbers = append(e.numbers, fd)
+}
+
+// watch reports whether one of them watches thread tid's fd.
+func (e *epolls) watch(tid, fd int) (bool, error) {
+	if e.full {
+		return true, nil
+	}
+	for _, n := range e.numbers {
+		slot := kcmpEpollSlot{efd: uint32(n), tfd: uint32(fd)}
+		r, _, no := unix.Syscall6(unix.SYS_KCMP, uintptr(tid), uintptr(tid), kcmpEpollTFD, uintptr(fd), uintptr(unsafe.Pointer(&slot)), 0)
 		switch no {
 		case 0:
 			if r == 0 {
 				return true, nil
 			}
-		case unix.ENOENT, unix.EBADF, unix.EINVAL: // not watched; no such descriptor any more; another file by now
+		case unix.ENOENT, unix.EBADF, unix.EINVAL: // not watched; not this process's number; another file there
 		default:
 			return false, fmt.Errorf("kcmp: %w", no)
 		}
@@ -170,26 +179,3 @@ func (ts *tasks) watched(t *task, fd int) (bool, error) {
 type kcmpEpollSlot struct{ efd, tfd, toff uint32 }
 
 const kcmpEpollTFD = 7 // KCMP_EPOLL_TFD
-
-func (t *task) findEpolls() (epolls []int, err error) {
-	dir, err := unix.Openat(int(t.proc.Fd()), "fd", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
-	}
-	d := os.NewFile(uintptr(dir), "fd")
-	defer d.Close()
-	names, err := d.Readdirnames(-1)
-	if err != nil {
-		return nil, err
-	}
-	var buf [32]byte
-	for _, name := range names {
-		n, err := unix.Readlinkat(dir, name, buf[:])
-		if err == nil && string(buf[:n]) == "anon_inode:[eventpoll]" {
-			if fd, err := strconv.Atoi(name); err == nil {
-				epolls = append(epolls, fd)
-			}
-		}
-	}
-	return epolls, nil
-}

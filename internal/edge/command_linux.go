@@ -80,15 +80,24 @@ func (e *edgeProc) start() error {
 		return err
 	}
 	// In a container that is joined COMMAND is who its commands are; only root has rights there.
-	if e.spec.KeepID || e.spec.mode() == NetContainer && os.Geteuid() != 0 {
-		if err := dropCaps(); err != nil {
-			return failed("give up capabilities: %w", err)
+	drop := e.spec.KeepID || e.spec.mode() == NetContainer && os.Geteuid() != 0
+	var pid int
+	if e.spec.Bypass {
+		pid, err = e.startBypassed(drop, path, argv, env)
+	} else {
+		if drop {
+			if err := dropCaps(); err != nil {
+				return failed("give up capabilities: %w", err)
+			}
+		}
+		pid, err = e.forkExec(path, argv, env)
+		if errors.Is(err, unix.ENOEXEC) {
+			pid, err = e.forkExec(shell, shellArgs(path, argv), env)
 		}
 	}
-	pid, err := e.forkExec(path, argv, env)
-	if errors.Is(err, unix.ENOEXEC) {
-		// A script without #!, which execvp(3) gives to the shell.
-		pid, err = e.forkExec("/bin/sh", append([]string{"/bin/sh", path}, argv[1:]...), env)
+	var known *Error
+	if errors.As(err, &known) {
+		return known
 	}
 	if err != nil {
 		return explainExec(argv[0], path, err)
@@ -97,6 +106,13 @@ func (e *edgeProc) start() error {
 	c.pid = pid
 	c.mu.Unlock()
 	return e.link.send(message{Kind: msgStarted, PID: pid})
+}
+
+// shell executes a script without #!, as execvp(3) has it.
+const shell = "/bin/sh"
+
+func shellArgs(path string, argv []string) []string {
+	return append([]string{shell, path}, argv[1:]...)
 }
 
 // forkExec starts a child with the signal mask that the parent was started with: a child gets the mask of the thread that forks.

@@ -22,31 +22,33 @@ const maxMessage = 64 << 10
 type messageKind string
 
 const (
-	msgDevice  messageKind = "device"  // edge: one opened interface, its descriptors attached
-	msgReady   messageKind = "ready"   // edge: everything is in place
-	msgStarted messageKind = "started" // edge: COMMAND has been executed
-	msgStopped messageKind = "stopped" // edge: COMMAND was stopped by a signal
-	msgCont    messageKind = "cont"    // edge: COMMAND goes on
-	msgExit    messageKind = "exit"    // edge: COMMAND has ended and its descendants too
-	msgFail    messageKind = "fail"    // edge: it will not come to COMMAND
-	msgRelease messageKind = "release" // parent: start COMMAND
-	msgDetach  messageKind = "detach"  // parent: close what you hold of the interface
-	msgSignal  messageKind = "signal"  // parent: it was sent this signal
-	msgKill    messageKind = "direct"  // parent: send COMMAND this signal, whoever else has it
+	msgDevice   messageKind = "device"   // edge: one opened interface, its descriptors attached
+	msgReady    messageKind = "ready"    // edge: everything is in place
+	msgListener messageKind = "listener" // edge: the filter is on COMMAND-to-be, its listener attached
+	msgStarted  messageKind = "started"  // edge: COMMAND has been executed
+	msgStopped  messageKind = "stopped"  // edge: COMMAND was stopped by a signal
+	msgCont     messageKind = "cont"     // edge: COMMAND goes on
+	msgExit     messageKind = "exit"     // edge: COMMAND has ended and its descendants too
+	msgFail     messageKind = "fail"     // edge: it will not come to COMMAND
+	msgRelease  messageKind = "release"  // parent: start COMMAND
+	msgDetach   messageKind = "detach"   // parent: close what you hold of the interface
+	msgSignal   messageKind = "signal"   // parent: it was sent this signal
+	msgKill     messageKind = "direct"   // parent: send COMMAND this signal, whoever else has it
 )
 
 type message struct {
-	Kind   messageKind
-	Device *tap.Info `json:",omitempty"`
-	Notes  []string  `json:",omitempty"`
-	PID    int       `json:",omitempty"`
-	Name   string    `json:",omitempty"`
-	Signal int       `json:",omitempty"`
-	Code   int       `json:",omitempty"`
-	Left   []int     `json:",omitempty"`
-	Err    string    `json:",omitempty"`
-	Errno  int       `json:",omitempty"`
-	Gone   bool      `json:",omitempty"` // tap.ErrGone
+	Kind    messageKind
+	Device  *tap.Info `json:",omitempty"`
+	Notes   []string  `json:",omitempty"`
+	PID     int       `json:",omitempty"`
+	Name    string    `json:",omitempty"`
+	Signal  int       `json:",omitempty"`
+	Code    int       `json:",omitempty"`
+	Left    []int     `json:",omitempty"`
+	Err     string    `json:",omitempty"`
+	Errno   int       `json:",omitempty"`
+	Gone    bool      `json:",omitempty"` // tap.ErrGone
+	Network uint64    `json:",omitempty"` // the container's network namespace, by its cookie
 }
 
 // link is one end. One goroutine may receive while any number send.

@@ -32,8 +32,11 @@ type edgeProc struct {
 }
 
 // Main is called first thing in main, and in TestMain of a test that calls Start. It returns at once, unless this process was started by
-// Start as an edge process; then it never returns.
+// Start as an edge process, or by one to become COMMAND; then it never returns.
 func Main() {
+	if len(os.Args) > starterFixed && os.Args[0] == starterArg0 {
+		starter(os.Args)
+	}
 	if len(os.Args) != 3 || os.Args[0] != edgeArg0 {
 		return
 	}

@@ -60,7 +60,7 @@ func OpenIn(ctx context.Context, t *netns.Target, ifcs []Interface) (hs []*tap.H
 		l.Close()
 	})
 	p := &Process{link: l}
-	err = p.takeDevices(len(ifcs), false)
+	err = p.takeDevices(len(ifcs))
 	if !stop() {
 		<-stopped
 	}

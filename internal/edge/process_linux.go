@@ -25,8 +25,20 @@ const lastWords = time.Second
 // closes them, or hands them to tap.New, which does. The edge process keeps duplicates, so the interface stays without them for as long as it lives.
 func (p *Process) Devices() []*tap.Handle { return p.devices }
 
-// Bypass is the listener of Spec.Bypass, nil without. It is the caller's, who answers from before Release on and closes it.
-func (p *Process) Bypass() *os.File { return p.bypass }
+// Bypassed is what a Supervisor of COMMAND's connections needs.
+type Bypassed struct {
+	// Listener is what bypass.Install returned for COMMAND. It is the Process's and closed with it: who uses it beyond that makes a duplicate.
+	Listener *os.File
+	// Network is the container's network namespace, by its cookie.
+	Network uint64
+}
+
+// Bypass is there once Release has returned nil, where Spec.Bypass asks for it; else nil. Until somebody answers, COMMAND waits in its first connect(2).
+func (p *Process) Bypass() *Bypassed {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.bypass
+}
 
 // Notes says, one line each, what was asked for and not had but does not keep the container from working.
 // The list is complete when Release has returned.
@@ -149,10 +161,10 @@ func (p *Process) await() (ws syscall.WaitStatus) {
 
 // run follows the edge process to its end, which is the end of the link, or its death, whichever comes first. COMMAND can part the two: it may
 // stop the edge process and shut its socket down, or hold a duplicate of the socket and kill the edge process.
-func (p *Process) run(died <-chan syscall.WaitStatus) {
+func (p *Process) run(died <-chan syscall.WaitStatus, bypass bool) {
 	silent := make(chan struct{})
 	go func() {
-		p.follow()
+		p.follow(bypass)
 		close(silent)
 	}()
 	var ws syscall.WaitStatus
@@ -178,6 +190,9 @@ func (p *Process) run(died <-chan syscall.WaitStatus) {
 		_ = p.mark.Close()
 	}
 	p.mu.Lock()
+	if p.bypass != nil {
+		_ = p.bypass.Listener.Close()
+	}
 	switch r := p.report; {
 	case r == nil && p.closed:
 		p.status = Status{Signal: syscall.SIGKILL}
@@ -194,15 +209,22 @@ func (p *Process) run(died <-chan syscall.WaitStatus) {
 	close(p.ended)
 }
 
-// follow reads what the edge process has to say until it is gone.
-func (p *Process) follow() {
+// follow reads what the edge process has to say until it is gone. A descriptor is taken once, where a bypass was asked for: its listener, before COMMAND exists.
+func (p *Process) follow(bypass bool) {
 	buf := make([]byte, maxMessage)
 	ready := false
 	for {
-		m, _, err := p.link.recv(buf, false)
+		m, fds, err := p.link.recv(buf, bypass)
 		if err != nil {
 			return
 		}
+		if m.Kind == msgListener && bypass && len(fds) > 0 {
+			p.mu.Lock()
+			p.bypass = &Bypassed{Listener: os.NewFile(uintptr(fds[0]), "seccomp"), Network: m.Network}
+			p.mu.Unlock()
+			bypass, fds = false, fds[1:]
+		}
+		closeAll(fds)
 		switch m.Kind {
 		case msgReady:
 			if ready {
@@ -214,6 +236,7 @@ func (p *Process) follow() {
 			p.mu.Unlock()
 			closeOnce(p.ready)
 		case msgStarted:
+			bypass = false
 			p.mu.Lock()
 			p.command = m.PID
 			p.mu.Unlock()

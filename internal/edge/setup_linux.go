@@ -8,7 +8,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"patchbay/internal/bypass"
 	"patchbay/tap"
 )
 
@@ -40,16 +39,7 @@ func (e *edgeProc) network() error {
 			}
 		}
 	}
-	if !e.spec.Bypass {
-		return e.link.send(message{Kind: msgDevice}) // that is all of them
-	}
-	// On the main thread, which starts COMMAND; this process connects to nothing from there.
-	listener, err := bypass.Install()
-	if err != nil {
-		return failed("bypass: %w", err)
-	}
-	defer unix.Close(listener) // COMMAND, which may trace this process, is not to answer itself
-	return e.link.send(message{Kind: msgDevice}, listener)
+	return e.link.send(message{Kind: msgDevice}) // that is all of them
 }
 
 func (e *edgeProc) addInterface(f *Interface) error {

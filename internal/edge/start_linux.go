@@ -40,7 +40,6 @@ type Process struct {
 	markOf string
 
 	devices []*tap.Handle
-	bypass  *os.File
 	notes   []string
 
 	ready   chan struct{} // closed when the edge process is ready for Release
@@ -51,7 +50,8 @@ type Process struct {
 	released bool
 	closed   bool
 	reaped   bool
-	command  int // COMMAND's pid as the edge process sees it
+	command  int       // COMMAND's pid as the edge process sees it
+	bypass   *Bypassed // nil until COMMAND's filter is on, and without one
 	report   *message
 	stops    *stopFollower
 	status   Status
@@ -119,7 +119,7 @@ func startWithin(ctx context.Context, spec Spec, std Stdio, grace time.Duration)
 	sock.Close()
 	p.mark, _ = os.Open(fmt.Sprintf("/proc/%d/ns/%s", p.pid, p.markOf))
 	stop := context.AfterFunc(ctx, func() { p.kill() })
-	err = p.takeDevices(len(spec.Interfaces), spec.Bypass)
+	err = p.takeDevices(len(spec.Interfaces))
 	if !stop() && ctx.Err() != nil {
 		err = failed("%w before the container was there", ctx.Err())
 	}
@@ -132,9 +132,6 @@ func startWithin(ctx context.Context, spec Spec, std Stdio, grace time.Duration)
 			p.mark.Close()
 		}
 		closeDevices(p.devices)
-		if p.bypass != nil {
-			p.bypass.Close()
-		}
 		if errors.Is(err, io.EOF) {
 			err = lost(ws)
 		}
@@ -145,7 +142,7 @@ func startWithin(ctx context.Context, spec Spec, std Stdio, grace time.Duration)
 		return nil, err
 	}
 	p.stops = newStopFollower(p)
-	go p.run(died)
+	go p.run(died, spec.Bypass)
 	return p, nil
 }
 
@@ -264,8 +261,8 @@ func specFile(w *wireSpec) (int, error) {
 	return fd, nil
 }
 
-// takeDevices receives n opened interfaces and the listener of a bypass, or the edge process's reason why there are none.
-func (p *Process) takeDevices(n int, bypass bool) error {
+// takeDevices receives n opened interfaces, or the edge process's reason why there are none.
+func (p *Process) takeDevices(n int) error {
 	buf := make([]byte, maxMessage)
 	for {
 		m, fds, err := p.link.recv(buf, true)
@@ -276,15 +273,9 @@ func (p *Process) takeDevices(n int, bypass bool) error {
 		case msgDevice:
 			p.notes = append(p.notes, m.Notes...)
 			if m.Device == nil { // the network needs no device, or has them all
-				if bypass && len(fds) > 0 {
-					p.bypass, fds = os.NewFile(uintptr(fds[0]), "seccomp"), fds[1:]
-				}
 				closeAll(fds)
 				if len(p.devices) != n {
 					return failed("edge process: %d of %d interfaces came", len(p.devices), n)
-				}
-				if bypass && p.bypass == nil {
-					return failed("edge process: no listener came")
 				}
 				return nil
 			}

@@ -190,7 +190,7 @@ func TestEdgeProcessMaySayReadyOnce(t *testing.T) {
 		}
 	}()
 	p := &Process{link: parent, ready: make(chan struct{}), started: make(chan struct{})}
-	p.follow()
+	p.follow(false)
 	if notes := p.Notes(); len(notes) != 1 {
 		t.Errorf("%d notes were kept, want those of the first message", len(notes))
 	}

@@ -57,13 +57,13 @@ func (n *Network) Start(ctx context.Context, cfg ContainerConfig) (_ *Container,
 	if err := c.PlugTAP(c.proc.Devices()[0]); err != nil {
 		return nil, err
 	}
-	if err := c.serveBypass(); err != nil {
-		return nil, err
-	}
 	if cfg.ForwardSignals {
 		c.stopSignals = c.proc.ForwardSignals()
 	}
 	if err := c.proc.Release(); err != nil {
+		return nil, err
+	}
+	if err := c.serveBypass(); err != nil {
 		return nil, err
 	}
 	n.mu.Lock()
@@ -74,21 +74,18 @@ func (n *Network) Start(ctx context.Context, cfg ContainerConfig) (_ *Container,
 
 // serveBypass begins to answer for the connections of a command that has them stopped.
 func (c *Container) serveBypass() error {
-	listener := c.proc.Bypass()
-	if listener == nil {
+	b := c.proc.Bypass()
+	if b == nil {
 		return nil
 	}
 	n := c.network
-	s, err := bypass.New(bypass.Config{Listener: listener, Allow: n.nat.Direct, MaxWaiting: n.cfg.Limits.HalfOpenPerContainer, Logger: n.log.With("container", c.name)})
+	s, err := bypass.New(bypass.Config{
+		Listener: b.Listener, Network: b.Network, Allow: n.nat.Direct, MaxWaiting: n.cfg.Limits.HalfOpenPerContainer, Logger: n.log.With("container", c.name),
+	})
 	if err != nil {
-		return errors.Join(fmt.Errorf("bypass: %w", err), listener.Close())
+		return fmt.Errorf("bypass: %w", err)
 	}
 	c.bypass = s
-	go func() {
-		if err := s.Serve(); err != nil {
-			n.log.Warn("container", "name", c.name, "error", err)
-		}
-	}()
 	return nil
 }
 
