@@ -460,8 +460,11 @@ func (s *Supervisor) leave(id uint64, theirs, family int, dst netip.AddrPort) {
 	s.result(id, no)
 }
 
-// callerThere is how often, while the far end is silent, it is asked whether the caller still waits.
-const callerThere = time.Second
+// While the far end is silent it is asked whether the caller still waits: soon at first, since a signal has him call anew, and then ever less often.
+const (
+	firstLook = 10 * time.Millisecond
+	lastLook  = time.Second
+)
 
 // await answers a caller who waits for fd, a duplicate that it takes over, to connect; counted says that a failure is one of the host's.
 func (s *Supervisor) await(id uint64, fd, family int, counted bool) {
@@ -495,8 +498,8 @@ func (s *Supervisor) connected(id uint64, fd, family int) (no unix.Errno, there 
 	if d := sendTimeout(fd); d > 0 {
 		deadline = time.Now().Add(d)
 	}
-	for {
-		step := callerThere
+	for look := firstLook; ; look = min(2*look, lastLook) {
+		step := look
 		if !deadline.IsZero() {
 			step = max(min(step, time.Until(deadline)), 0)
 		}

@@ -40,6 +40,7 @@ var bypassCases = map[string]func(bypassWorld) error{
 	"asks again":    asksAgain,
 	"inside":        staysInside,
 	"many":          manyAtOnce,
+	"nested":        nestedNetwork,
 	"hostile":       hostile,
 	"hostile swap":  hostileSwap,
 	"too many":      tooMany,
@@ -440,6 +441,27 @@ func hostile(w bypassWorld) error {
 	if err := unix.Sendto(fd, []byte("x"), unix.MSG_FASTOPEN, address(w.hostLoopback)); !errors.Is(err, unix.EOPNOTSUPP) {
 		return fmt.Errorf("connect by sending: %w", err)
 	}
+	if err := unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_ULP, "smc"); !errors.Is(err, unix.ENOPROTOOPT) {
+		return fmt.Errorf("TCP_ULP: %w", err)
+	}
+	// The edge process has threads that no filter is on: nothing of it can be had.
+	edgeProcess := os.Getppid()
+	if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", edgeProcess)); err != nil || string(name) != "patchbay-edge\n" {
+		return fmt.Errorf("the parent is %q, %w", name, err)
+	}
+	if mem, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", edgeProcess), os.O_RDWR, 0); err == nil {
+		mem.Close()
+		return errors.New("the edge process's memory is open")
+	}
+	runtime.LockOSThread()
+	if err := unix.PtraceSeize(edgeProcess); !errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("trace the edge process: %w", err)
+	}
+	if p, err := unix.PidfdOpen(edgeProcess, 0); err != nil {
+		return fmt.Errorf("pidfd: %w", err)
+	} else if _, err := unix.PidfdGetfd(p, 2, 0); !errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("take a descriptor of the edge process: %w", err)
+	}
 	var params [120]byte // struct io_uring_params
 	if r, _, no := unix.Syscall(unix.SYS_IO_URING_SETUP, 1, uintptr(unsafe.Pointer(&params)), 0); no != unix.ENOSYS {
 		return fmt.Errorf("io_uring: %d, %w", r, no)
@@ -517,13 +539,40 @@ func tooMany(w bypassWorld) error {
 	return nil
 }
 
+// waitForever waits, and is interrupted by a signal with SA_RESTART, as all of Go's are, every few milliseconds.
 func waitForever(w bypassWorld) error {
+	runtime.LockOSThread()
 	fd, err := tcpSocket(0)
 	if err != nil {
 		return err
 	}
-	fmt.Println("waiting")
+	pid, tid := os.Getpid(), unix.Gettid()
+	go func() {
+		for range 100 {
+			time.Sleep(3 * time.Millisecond)
+			_ = unix.Tgkill(pid, tid, unix.SIGURG)
+		}
+		fmt.Println("waiting")
+	}()
 	return unix.Connect(fd, address(w.silent))
+}
+
+// nestedNetwork: a network namespace that the command makes has no way out, as without a bypass.
+func nestedNetwork(w bypassWorld) error {
+	runtime.LockOSThread() // and the thread ends with the process
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("unshare: %w", err)
+	}
+	for _, flags := range []int{0, unix.SOCK_NONBLOCK} {
+		fd, err := tcpSocket(flags)
+		if err != nil {
+			return err
+		}
+		if err := unix.Connect(fd, address(w.echo)); !errors.Is(err, unix.ENETUNREACH) {
+			return fmt.Errorf("connect: %w", err)
+		}
+	}
+	return nil
 }
 
 // The container's sockets and the host's, in each of the cases.
@@ -581,7 +630,7 @@ func TestBypass(t *testing.T) {
 		}
 		return c, bufio.NewReader(r)
 	}
-	for _, names := range []string{"carries,watched,bound,refused,refused later,asks again,inside", "many", "hostile,hostile swap", "too many"} {
+	for _, names := range []string{"carries,watched,bound,refused,refused later,asks again,inside", "many", "nested", "hostile,hostile swap", "too many"} {
 		t.Run(names, func(t *testing.T) {
 			c, out := run(names)
 			said, _ := io.ReadAll(out)
@@ -601,11 +650,15 @@ func TestBypass(t *testing.T) {
 		}
 	})
 	t.Run("killed-while-it-waits", func(t *testing.T) {
+		before := n.Status().Bypass.Sockets
 		c, out := run("waits")
 		if line, err := out.ReadString('\n'); line != "waiting\n" {
 			t.Fatalf("said %q, %v", line, err)
 		}
 		testbed.Eventually(t, 5*time.Second, func() bool { return n.Status().Bypass.Waiting == 1 })
+		if got := n.Status().Bypass.Sockets - before; got != 1 {
+			t.Errorf("one connect, interrupted a hundred times, made %d connections", got)
+		}
 		began := time.Now()
 		if err := c.Close(); err != nil {
 			t.Error(err)
