@@ -5,43 +5,50 @@
 //
 //	COMMAND   connect(2) ──seccomp──▶ stops
 //	             │                      │ notification
-//	edge      Install, once, before     ▼
-//	          COMMAND is executed    Supervisor, in the node, in the host's namespaces
-//	                                    │ address and socket are looked at; policy is asked
-//	          ◀── as if nothing were ───┤ not TCP, or not for the outside: the kernel goes on with the call
-//	          ◀── a socket of the host ─┘ otherwise: made, pinned, connected, and put in the place of COMMAND's
+//	             │                      ▼
+//	starter   Install, then         Supervisor, in the node, in the host's namespaces
+//	          executes COMMAND          │ address and socket are looked at; policy is asked
+//	             │◀── not TCP ──────────┤ the kernel goes on with the call
+//	             │◀── left ─────────────┤ the Supervisor connects COMMAND's own socket, on a duplicate, to where the network leads
+//	             │◀── bypassed ─────────┘ it connects a socket of the host and puts it in the place of COMMAND's
 //
-// The filter that Install puts on stops nothing but connect(2) and the making of epoll instances; all other calls run at their speed, reads and writes among them. One thread serves the notifications
-// of a container (Supervisor.Serve). It connects first and answers then, so a refused connection stays refused and its errors are the host's own. A socket that does not block is handed over while it connects. One that
-// does is waited for by a goroutine, Config.MaxWaiting of them at most.
+// Four sorts of calls stop: connect(2), listen(2) and epoll_create(2) in its two forms; all others run at their speed, reads and writes among them. One thread answers a container's calls, and a goroutine waits for each connection
+// whose caller waits, Config.MaxWaiting of them at most. A connection that the host refuses at once leaves COMMAND's socket as it is. A caller that waits has the host's socket already while he does, so that a signal finds
+// what it finds without a Supervisor: a socket that connects.
 //
 // A connection is left to the network, and so to NAT with its policy and counters, when Config.Allow says that it means anything else than that address as it is (the network's own addresses, host.patchbay.internal, what
-// policy refuses); when the socket is bound, in a state other than fresh, or already watched by an epoll instance, which would go on watching the old one; and when too many wait.
+// policy refuses); when the socket is of another network namespace than the container's, such as a sandbox's within; when it is not fresh, is bound to an address, a port or an interface, or marked; and when an epoll instance watches it already, which would
+// go on watching the old one.
 //
 // # What keeps it from being a way out
 //
-// COMMAND is not trusted. It can change the address in its memory, or what stands behind a number of a descriptor, between the Supervisor's look and the kernel's; so nothing that was looked at is used twice: the Supervisor
-// connects a socket of its own to an address of its own copy. What COMMAND can do with a socket of the host that it holds is bounded by the kernel: the socket is pinned (pin) before it is handed over. A classic BPF filter,
-// locked so that nobody can take it off, throws away every segment that is not from the address and port that policy let through. Connected anew to another place, or listening, the socket hears nobody. What is left to a hostile COMMAND:
+// COMMAND is not trusted. It can change the address in its memory, or what stands behind the number of a descriptor, between the Supervisor's look and the kernel's. So
 //
-//   - a bare SYN to another address, whose answer it never sees (an ICMP error it does);
-//   - bind(2) to free ports of the host from 1024 upwards, on which nobody can connect;
-//   - ioctl(2) on the socket, which tells the host's interfaces and addresses, as /proc/net does to whoever runs without a container.
+//   - the Supervisor makes every TCP connection itself, with an address of its own copy, on a socket that nobody can exchange; it never lets a TCP call go on;
+//   - Landlock has the kernel refuse every connect(2) of a TCP socket by COMMAND itself, whatever a call that did go on has become meanwhile. Without Landlock there is no bypass;
+//   - the Supervisor connects a socket that was handed over nowhere again (settle), and does not let it listen;
+//   - what gets past the filter, or past Landlock's hook, is not there: io_uring, programs of another architecture, TCP_ULP, MSG_FASTOPEN;
+//   - Landlock keeps COMMAND from tracing what is outside of its domain, the edge process first of all, which has threads without the filter and is otherwise within COMMAND's reach.
 //
-// The Supervisor reads at most 28 bytes of COMMAND's memory for a connection and believes no length, number or state that it finds. It acts only for processes that are there when it answers, which the kernel sees to by the
-// notification's id. It has no rights that the user who runs it has not.
+// What is left to a hostile COMMAND with a socket of the host: bind(2) to free ports from 1024 upwards, on which nobody can connect, and ioctl(2), which tells the host's interfaces and addresses. The Supervisor reads at most 28
+// bytes of COMMAND's memory for a connection and believes no length, number or state that it finds; the kernel sees to it by the notification's id that only who called is answered. It has no rights that the user who runs it has not.
+// Whoever enters the container from outside (nsenter, with the user's rights) is under neither filter nor Landlock, and could be handed a socket of the host by COMMAND.
 //
 // # Differences
 //
-// getsockname(2) tells an address of the host, and so do servers. The connection is in none of the network's counters but Stats, in no capture, and under none of its limits but MaxWaiting: it is COMMAND's descriptor, bounded by COMMAND's limit of
-// open files. Options that are set before connect(2) are carried over (options.go lists which); a socket that other processes hold duplicates of is replaced in the calling process alone. An epoll instance that came over a socket or by
-// dup(2) and watches a socket before it connects is not noticed. Programs of another architecture than the kernel's (32-bit ones) and calls through io_uring are not stopped; they go through NAT as ever.
+//   - getsockname(2) tells an address of the host. The connection is in none of the network's counters but Stats, in no capture, and under no limit but COMMAND's of open files, and MaxWaiting while its caller waits.
+//   - Addresses, routes and packet filters that COMMAND makes in its namespace do not apply to it.
+//   - Options that are set before connect(2) are carried over as far as options_linux.go lists them. Not so TCP_MAXSEG, TCP_SYNCNT, TCP_NOTSENT_LOWAT, IP_TTL, IP_MTU_DISCOVER, SO_PRIORITY, SO_RCVLOWAT, filters and O_ASYNC.
+//   - A duplicate of the socket that was made before connect(2), in the same process or another, stays the old one. An epoll instance that came over a socket or by dup(2) and watches a socket before it connects is not noticed.
+//   - After a connection that failed while it was in progress the socket is one of the host and reaches what the bypass reaches: EADDRNOTAVAIL for the rest.
+//   - SO_PEERCRED of a unix socket's listener names the node's process id, with the same user.
+//   - io_uring and 32-bit programs: ENOSYS. TCP_ULP: ENOPROTOOPT. Setting up a listener of seccomp notifications inside: EBUSY.
 //
 // # Concurrency
 //
-// Serve is for one goroutine; Stats and Close are safe beside it. Install acts on the calling thread and on what that thread starts.
+// Stats and Close are safe for concurrent use. Install acts on the calling thread and on what that thread starts.
 //
 // # References
 //
-// seccomp(2), seccomp_unotify(2), pidfd_getfd(2), kcmp(2), socket(7) (SO_LOCK_FILTER); Linux kernel/seccomp.c, net/core/filter.c (sk_filter_trim_cap), net/ipv4/tcp_ipv4.c (tcp_v4_rcv, which asks the filter).
+// seccomp(2), seccomp_unotify(2), landlock(7), pidfd_getfd(2), kcmp(2); Linux kernel/seccomp.c, security/landlock/net.c and task.c, net/ipv4/af_inet.c (__inet_stream_connect).
 package bypass

@@ -18,6 +18,8 @@
 // a parent that closes its own while COMMAND runs (Detach has it let go). They do not outlast the parent itself: with it the container ends (see Teardown).
 // What hands descriptors to a node, and to the next one when that has died, is the parent (package attach), which keeps copies of its own; the edge process talks to nobody else.
 //
+// With Spec.Bypass COMMAND is executed by a starter, a child of the edge process that puts package bypass's filter on itself first; its listener goes to the parent. See starter_linux.go.
+//
 // With Spec.Pause there is no COMMAND: the container is for others to join. It ends with the parent, or with a signal that would end a COMMAND which does not handle it, and its
 // Status then has that signal: 128+n for a shell.
 //
