@@ -42,6 +42,7 @@
 //   - A duplicate of the socket that was made before connect(2), in the same process or another, stays the old one. An epoll instance that came over a socket or by dup(2) and watches a socket before it connects is not noticed.
 //   - After a connection that failed while it was in progress the socket is one of the host and reaches what the bypass reaches: EADDRNOTAVAIL for the rest.
 //   - SO_PEERCRED of a unix socket's listener names the node's process id, with the same user.
+//   - A program whose executable the user may not read, and every one where Yama's ptrace_scope is 3: EACCES, since nobody may look into it.
 //   - io_uring and 32-bit programs: ENOSYS. TCP_ULP: ENOPROTOOPT. Setting up a listener of seccomp notifications inside: EBUSY.
 //
 // # Concurrency

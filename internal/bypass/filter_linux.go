@@ -45,18 +45,18 @@ func restrict() error {
 	attr := unix.LandlockRulesetAttr{Handled_access_net: unix.LANDLOCK_ACCESS_NET_CONNECT_TCP}
 	fd, _, no := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, uintptr(unsafe.Pointer(&attr)), unsafe.Offsetof(attr.Scoped), 0)
 	if no != 0 {
-		return fmt.Errorf("Landlock's rules (landlock_create_ruleset): %w; run without the bypass", no)
+		return fmt.Errorf("rules for Landlock (landlock_create_ruleset): %w; run without the bypass", no)
 	}
 	defer unix.Close(int(fd))
 	_, _, no = unix.Syscall(unix.SYS_LANDLOCK_RESTRICT_SELF, fd, 0, 0)
 	if no == unix.EPERM { // without CAP_SYS_ADMIN in the user namespace: for those who never gain rights by executing a program
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-			return fmt.Errorf("Landlock without privileges (PR_SET_NO_NEW_PRIVS): %w; run without the bypass", err)
+			return fmt.Errorf("no_new_privs for Landlock (PR_SET_NO_NEW_PRIVS): %w; run without the bypass", err)
 		}
 		_, _, no = unix.Syscall(unix.SYS_LANDLOCK_RESTRICT_SELF, fd, 0, 0)
 	}
 	if no != 0 {
-		return fmt.Errorf("Landlock (landlock_restrict_self): %w; run without the bypass", no)
+		return fmt.Errorf("domain of Landlock (landlock_restrict_self): %w; run without the bypass", no)
 	}
 	return nil
 }

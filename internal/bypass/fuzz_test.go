@@ -3,6 +3,7 @@ package bypass
 import (
 	"encoding/binary"
 	"net/netip"
+	"strconv"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -33,9 +34,10 @@ func TestParseSockaddr(t *testing.T) {
 		{"IPv4", sockaddr4(four), four},
 		{"IPv6", sockaddr6(six, 0), six},
 		{"IPv4 in IPv6 stays what it is", sockaddr6(mapped, 0), mapped},
-		{"a scope is nothing for NAT", sockaddr6(six, 2), netip.AddrPort{}},
+		{"a scope is a zone", sockaddr6(six, 2), netip.AddrPortFrom(six.Addr().WithZone("2"), 443)},
+		{"IPv6 without a scope, as it once was", sockaddr6(six, 0)[:24], six},
 		{"short IPv4", sockaddr4(four)[:15], netip.AddrPort{}},
-		{"short IPv6", sockaddr6(six, 0)[:27], netip.AddrPort{}},
+		{"short IPv6", sockaddr6(six, 0)[:23], netip.AddrPort{}},
 		{"unix", append(binary.NativeEndian.AppendUint16(nil, unix.AF_UNIX), "/run/some.socket"...), netip.AddrPort{}},
 		{"nothing", nil, netip.AddrPort{}},
 	} {
@@ -55,7 +57,8 @@ func FuzzSockaddr(f *testing.F) {
 		if !ok {
 			return
 		}
-		back := sockaddr6(ap, 0)
+		scope, _ := strconv.ParseUint(ap.Addr().Zone(), 10, 32)
+		back := sockaddr6(ap, uint32(scope))
 		if ap.Addr().Is4() {
 			back = sockaddr4(ap)
 		}

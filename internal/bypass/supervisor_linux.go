@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,7 +19,7 @@ import (
 
 // Config is what New needs.
 type Config struct {
-	// Listener is what Install returned. The Supervisor makes a duplicate. Required.
+	// Listener is what Install returned. It becomes the Supervisor's when New succeeds. Required.
 	Listener *os.File
 	// Network is the container's network namespace, as Network tells inside. Sockets of others, such as those of a sandbox within the container, are connected where they are. Required.
 	Network uint64
@@ -83,11 +84,8 @@ func New(cfg Config) (*Supervisor, error) {
 	if err := probeKcmp(); err != nil {
 		return nil, err
 	}
-	if s.fd, err = unix.FcntlInt(cfg.Listener.Fd(), unix.F_DUPFD_CLOEXEC, 0); err != nil {
-		return nil, fmt.Errorf("seccomp listener: %w; raise the limit of open files", err)
-	}
+	s.fd = int(cfg.Listener.Fd())
 	if s.stop, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
-		unix.Close(s.fd)
 		return nil, fmt.Errorf("eventfd: %w; raise the limit of open files", err)
 	}
 	// One core then hands over to the other side and back without waking another one (Linux 6.6).
@@ -183,7 +181,7 @@ func (s *Supervisor) Close() error {
 		go func() {
 			s.running.Wait()
 			unix.Close(s.stop)
-			unix.Close(s.fd)
+			_ = s.cfg.Listener.Close()
 			close(ended)
 		}()
 		select {
@@ -263,7 +261,6 @@ func (s *Supervisor) refusal(err error) unix.Errno {
 func (s *Supervisor) beside(f func()) bool {
 	if int(s.waiting.Add(1)) > s.cfg.MaxWaiting {
 		s.waiting.Add(-1)
-		s.full.Add(1)
 		return false
 	}
 	s.running.Go(func() {
@@ -273,10 +270,18 @@ func (s *Supervisor) beside(f func()) bool {
 	return true
 }
 
-// letGo closes a duplicate whose end may take time if the caller has closed his meanwhile: a connected socket lingers (SO_LINGER), a file system of the caller's own thinks. This goroutine is not to wait for that.
-func (s *Supervisor) letGo(fd int) {
-	if !s.beside(func() { unix.Close(fd) }) {
+// letGo closes a duplicate and then answers, so that the caller, who may close his own next and expect port or name to be free, does not find ours in the way. Closing may take time if he closes his meanwhile: a
+// connected socket lingers (SO_LINGER), a file system of his own thinks. This goroutine is not to wait for that.
+func (s *Supervisor) letGo(fd int, answer func()) {
+	end := func() {
 		unix.Close(fd)
+		answer()
+	}
+	var buf [16]byte
+	linger, err := option{unix.SOL_SOCKET, unix.SO_LINGER, 8}.read(fd, &buf)
+	slow := err != nil || len(linger) == 8 && binary.NativeEndian.Uint32(linger) != 0 && binary.NativeEndian.Uint32(linger[4:]) != 0
+	if !slow || !s.beside(end) {
+		end()
 	}
 }
 
@@ -324,8 +329,7 @@ func (s *Supervisor) listen(n *notification) {
 	default:
 		no = errnoOf(unix.Listen(theirs, n.arg(1)))
 	}
-	s.letGo(theirs)
-	s.result(n.id, no)
+	s.letGo(theirs, func() { s.result(n.id, no) })
 }
 
 // connect decides about one connect(2). Its arguments are descriptor, address and length of the address.
@@ -343,8 +347,7 @@ func (s *Supervisor) connect(n *notification) {
 	}
 	st, err := look(theirs)
 	if err != nil || !st.tcp {
-		s.letGo(theirs)
-		s.goOn(n.id)
+		s.letGo(theirs, func() { s.goOn(n.id) })
 		return
 	}
 	allowed := dst.Port() != 0 && s.cfg.Allow(dst.Addr().Unmap())
@@ -363,6 +366,9 @@ func (s *Supervisor) connect(n *notification) {
 
 // replaceable reports whether what t has as fd can be another socket without t's noticing, and its flags.
 func (s *Supervisor) replaceable(t *task, fd int) (flags int, ok bool) {
+	if s.epolls.full {
+		s.complain("epoll instances", errors.New("more numbers than are remembered: connections are left to the network from now on"))
+	}
 	watched, err := s.epolls.watch(t.tid, fd)
 	if err == nil && !watched {
 		flags, err = t.flags(fd)
@@ -414,8 +420,7 @@ func (s *Supervisor) bypass(n *notification, fd, theirs, flags, family int, dst 
 		s.await(n.id, ours, family, true)
 		return
 	}
-	s.letGo(ours)
-	s.result(n.id, no)
+	s.letGo(ours, func() { s.result(n.id, no) })
 }
 
 // again is connect(2) on a socket that was handed over before: to ask how that is getting on, to wait for it, or because it failed. It takes over theirs, and never connects it anywhere: it is the host's.
@@ -432,8 +437,7 @@ func (s *Supervisor) again(n *notification, t *task, fd, theirs int, st socketSt
 		}
 		no = unix.EADDRNOTAVAIL // the container's own socket, which could reach the rest, is gone
 	}
-	s.letGo(theirs)
-	s.result(n.id, no)
+	s.letGo(theirs, func() { s.result(n.id, no) })
 }
 
 func blocks(fd int) bool {
@@ -456,8 +460,7 @@ func (s *Supervisor) leave(id uint64, theirs, family int, dst netip.AddrPort) {
 			return
 		}
 	}
-	s.letGo(theirs)
-	s.result(id, no)
+	s.letGo(theirs, func() { s.result(id, no) })
 }
 
 // While the far end is silent it is asked whether the caller still waits: soon at first, since a signal has him call anew, and then ever less often.
@@ -470,8 +473,7 @@ const (
 func (s *Supervisor) await(id uint64, fd, family int, counted bool) {
 	if !connecting(tcpState(fd)) { // a near end has answered by now, and nobody need be woken for it
 		no := settle(fd, family)
-		s.letGo(fd)
-		s.result(id, no)
+		s.letGo(fd, func() { s.result(id, no) })
 		return
 	}
 	ok := s.beside(func() {
@@ -486,6 +488,7 @@ func (s *Supervisor) await(id uint64, fd, family int, counted bool) {
 		s.result(id, no)
 	})
 	if !ok {
+		s.full.Add(1)
 		unix.Close(fd)
 		s.result(id, unix.EAGAIN)
 	}
@@ -550,7 +553,7 @@ func (s *Supervisor) destination(n *notification) (dst netip.AddrPort, ok bool) 
 	return parseSockaddr(buf[:got])
 }
 
-// parseSockaddr reads struct sockaddr_in or sockaddr_in6. An IPv6 address with a scope is not one that NAT could reach.
+// parseSockaddr reads struct sockaddr_in or sockaddr_in6; a scope, an interface's number, becomes the zone.
 func parseSockaddr(b []byte) (netip.AddrPort, bool) {
 	if len(b) < unix.SizeofSockaddrInet4 {
 		return netip.AddrPort{}, false
@@ -560,20 +563,30 @@ func parseSockaddr(b []byte) (netip.AddrPort, bool) {
 	case unix.AF_INET:
 		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), port), true
 	case unix.AF_INET6:
-		if len(b) < unix.SizeofSockaddrInet6 || binary.NativeEndian.Uint32(b[24:]) != 0 {
+		if len(b) < sizeofRFC2133 {
 			return netip.AddrPort{}, false
 		}
-		return netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[8:24])), port), true
+		a := netip.AddrFrom16([16]byte(b[8:24]))
+		if len(b) >= unix.SizeofSockaddrInet6 && !a.Is4In6() {
+			if scope := binary.NativeEndian.Uint32(b[24:]); scope != 0 {
+				a = a.WithZone(strconv.FormatUint(uint64(scope), 10))
+			}
+		}
+		return netip.AddrPortFrom(a, port), true
 	}
 	return netip.AddrPort{}, false
 }
+
+// sizeofRFC2133 is of struct sockaddr_in6 before it had a scope, which the kernel still takes.
+const sizeofRFC2133 = 24
 
 // connectTo connects fd, of that address family: an IPv6 socket takes an IPv4 address in its mapped form alone, an IPv4 one no IPv6 address.
 func connectTo(fd, family int, dst netip.AddrPort) unix.Errno {
 	var sa unix.Sockaddr
 	switch {
 	case family == unix.AF_INET6 && dst.Addr().Is6():
-		sa = &unix.SockaddrInet6{Addr: dst.Addr().As16(), Port: int(dst.Port())}
+		scope, _ := strconv.ParseUint(dst.Addr().Zone(), 10, 32) // none is 0
+		sa = &unix.SockaddrInet6{Addr: dst.Addr().As16(), Port: int(dst.Port()), ZoneId: uint32(scope)}
 	case family == unix.AF_INET && dst.Addr().Is4():
 		sa = &unix.SockaddrInet4{Addr: dst.Addr().As4(), Port: int(dst.Port())}
 	default:

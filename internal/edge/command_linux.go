@@ -90,9 +90,9 @@ func (e *edgeProc) start() error {
 				return failed("give up capabilities: %w", err)
 			}
 		}
-		pid, err = e.forkExec(path, argv, env)
+		pid, err = forkExec(e.spec.SigMask, path, argv, env)
 		if errors.Is(err, unix.ENOEXEC) {
-			pid, err = e.forkExec(shell, shellArgs(path, argv), env)
+			pid, err = forkExec(e.spec.SigMask, shell, shellArgs(path, argv), env)
 		}
 	}
 	var known *Error
@@ -115,11 +115,11 @@ func shellArgs(path string, argv []string) []string {
 	return append([]string{shell, path}, argv[1:]...)
 }
 
-// forkExec starts a child with the signal mask that the parent was started with: a child gets the mask of the thread that forks.
+// forkExec starts a child with a signal mask, bit n-1 for signal n: a child gets the mask of the thread that forks.
 // Signals that this process ignores stay ignored, all others are at their default.
-func (e *edgeProc) forkExec(path string, argv, env []string) (int, error) {
+func forkExec(blocked uint64, path string, argv, env []string) (int, error) {
 	var mask, old unix.Sigset_t
-	mask.Val[0] = e.spec.SigMask
+	mask.Val[0] = blocked
 	_ = unix.PthreadSigmask(unix.SIG_SETMASK, &mask, &old)
 	defer func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) }()
 	return syscall.ForkExec(path, argv, &syscall.ProcAttr{

@@ -27,17 +27,19 @@ func (p *Process) Devices() []*tap.Handle { return p.devices }
 
 // Bypassed is what a Supervisor of COMMAND's connections needs.
 type Bypassed struct {
-	// Listener is what bypass.Install returned for COMMAND. It is the Process's and closed with it: who uses it beyond that makes a duplicate.
+	// Listener is what bypass.Install returned for COMMAND.
 	Listener *os.File
 	// Network is the container's network namespace, by its cookie.
 	Network uint64
 }
 
-// Bypass is there once Release has returned nil, where Spec.Bypass asks for it; else nil. Until somebody answers, COMMAND waits in its first connect(2).
-func (p *Process) Bypass() *Bypassed {
+// TakeBypass is for once, when Release has returned nil and Spec.Bypass asked for it; else, and when COMMAND has ended already, it returns nil. The listener is then the caller's. Until somebody answers, COMMAND waits in its first connect(2).
+func (p *Process) TakeBypass() *Bypassed {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.bypass
+	b := p.bypass
+	p.bypass = nil
+	return b
 }
 
 // Notes says, one line each, what was asked for and not had but does not keep the container from working.
@@ -192,6 +194,7 @@ func (p *Process) run(died <-chan syscall.WaitStatus, bypass bool) {
 	p.mu.Lock()
 	if p.bypass != nil {
 		_ = p.bypass.Listener.Close()
+		p.bypass = nil
 	}
 	switch r := p.report; {
 	case r == nil && p.closed:

@@ -47,7 +47,7 @@ type Spec struct {
 	Hostname string
 	// Interfaces are made in order, in NetPrivate only.
 	Interfaces []Interface
-	// Bypass has COMMAND's connections stop until whoever holds Process.Bypass lets them go on; see package bypass. In NetPrivate only.
+	// Bypass has COMMAND's connections stop until whoever has called Process.TakeBypass lets them go on; see package bypass. In NetPrivate only.
 	Bypass bool
 	// ResolvConf and Hosts, when not nil, are what the container reads in /etc/resolv.conf and /etc/hosts; at most 1 MiB each.
 	ResolvConf []byte

@@ -51,7 +51,7 @@ type Process struct {
 	closed   bool
 	reaped   bool
 	command  int       // COMMAND's pid as the edge process sees it
-	bypass   *Bypassed // nil until COMMAND's filter is on, and without one
+	bypass   *Bypassed // nil until COMMAND's filter is on, when it was taken, and without one
 	report   *message
 	stops    *stopFollower
 	status   Status

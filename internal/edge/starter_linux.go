@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"runtime"
 	"strconv"
 	"syscall"
@@ -24,8 +25,8 @@ import (
 // starterArg0 is how a re-executed patchbay knows that it is the starter.
 const starterArg0 = "patchbay-edge-starter"
 
-// starterFixed is how many of the starter's arguments come before COMMAND's: its name, the socket, the signal mask, whether to give up capabilities, and COMMAND's path.
-const starterFixed = 5
+// starterFixed is how many of the starter's arguments come before COMMAND's: its name, the socket, the signal mask, the ignored signals, whether to give up capabilities, and COMMAND's path.
+const starterFixed = 6
 
 // What the starter says first.
 const (
@@ -43,18 +44,20 @@ func (e *edgeProc) startBypassed(drop bool, path string, argv, env []string) (pi
 	defer unix.Close(mine)
 	_, err = unix.FcntlInt(uintptr(theirs), unix.F_SETFD, 0)
 	if err == nil {
-		args := append([]string{starterArg0, strconv.Itoa(theirs), strconv.FormatUint(e.spec.SigMask, 10), strconv.FormatBool(drop), path}, argv...)
-		pid, err = e.forkExec("/proc/self/exe", args, env)
+		args := append([]string{starterArg0, strconv.Itoa(theirs), strconv.FormatUint(e.spec.SigMask, 10), strconv.FormatUint(e.spec.Ignored, 10), strconv.FormatBool(drop), path}, argv...)
+		// What comes before COMMAND is there waits for it: all signals are blocked until then.
+		pid, err = forkExec(^uint64(0), "/proc/self/exe", args, env)
 	}
 	unix.Close(theirs)
 	if err != nil {
 		return 0, err
 	}
+	child := pid
 	defer func() {
 		if err != nil {
 			// It has ended, or is about to: nobody has let it go on.
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-			_, _ = syscall.Wait4(pid, nil, 0, nil)
+			_ = syscall.Kill(child, syscall.SIGKILL)
+			_, _ = syscall.Wait4(child, nil, 0, nil)
 		}
 	}()
 	buf := make([]byte, 1024)
@@ -90,8 +93,9 @@ func starter(args []string) {
 	runtime.LockOSThread()
 	sock, err1 := strconv.Atoi(args[1])
 	mask, err2 := strconv.ParseUint(args[2], 10, 64)
-	drop, err3 := strconv.ParseBool(args[3])
-	if errors.Join(err1, err2, err3) != nil {
+	ignored, err3 := strconv.ParseUint(args[3], 10, 64)
+	drop, err4 := strconv.ParseBool(args[4])
+	if errors.Join(err1, err2, err3, err4) != nil {
 		fmt.Fprintln(os.Stderr, "patchbay: it is started by `patchbay run --bypass` only")
 		os.Exit(StatusFailed)
 	}
@@ -126,10 +130,15 @@ func starter(args []string) {
 	if n, err := unix.Read(sock, goAhead[:]); n != 1 || err != nil {
 		os.Exit(StatusFailed) // the edge process is gone
 	}
+	for s := syscall.Signal(1); s <= 64; s++ {
+		if ignored&bit(s) != 0 { // the runtime has taken some for itself
+			signal.Ignore(s)
+		}
+	}
 	var set unix.Sigset_t
 	set.Val[0] = mask
 	_ = unix.PthreadSigmask(unix.SIG_SETMASK, &set, nil)
-	path, argv := args[4], args[starterFixed:]
+	path, argv := args[5], args[starterFixed:]
 	err = syscall.Exec(path, argv, os.Environ())
 	if errors.Is(err, unix.ENOEXEC) {
 		err = syscall.Exec(shell, shellArgs(path, argv), os.Environ())

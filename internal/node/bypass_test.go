@@ -317,6 +317,20 @@ func staysInside(w bypassWorld) error {
 			return err
 		}
 	}
+	// A port is free once its socket is closed: nobody else has it still.
+	for range 300 {
+		fd, err := tcpSocket(0)
+		if err != nil {
+			return err
+		}
+		if err := unix.Bind(fd, &unix.SockaddrInet4{Port: 7999}); err != nil {
+			return fmt.Errorf("bind once more: %w", err)
+		}
+		if err := unix.Listen(fd, 1); err != nil {
+			return fmt.Errorf("listen once more: %w", err)
+		}
+		unix.Close(fd)
+	}
 	// What listens on the host's loopback is not there.
 	fd, err := tcpSocket(0)
 	if err != nil {

@@ -74,7 +74,7 @@ func (n *Network) Start(ctx context.Context, cfg ContainerConfig) (_ *Container,
 
 // serveBypass begins to answer for the connections of a command that has them stopped.
 func (c *Container) serveBypass() error {
-	b := c.proc.Bypass()
+	b := c.proc.TakeBypass()
 	if b == nil {
 		return nil
 	}
@@ -83,7 +83,7 @@ func (c *Container) serveBypass() error {
 		Listener: b.Listener, Network: b.Network, Allow: n.nat.Direct, MaxWaiting: n.cfg.Limits.HalfOpenPerContainer, Logger: n.log.With("container", c.name),
 	})
 	if err != nil {
-		return fmt.Errorf("bypass: %w", err)
+		return errors.Join(fmt.Errorf("bypass: %w", err), b.Listener.Close())
 	}
 	c.bypass = s
 	return nil
