@@ -190,6 +190,16 @@ func Network() (uint64, error) {
 	return cookie, nil
 }
 
+// socketCookie is fd's own number; it is never used twice. 0 is none.
+func socketCookie(fd int) uint64 {
+	var buf [16]byte
+	v, ok := option{unix.SOL_SOCKET, unix.SO_COOKIE, 8}.get(fd, &buf)
+	if !ok || len(v) != 8 {
+		return 0
+	}
+	return binary.NativeEndian.Uint64(v)
+}
+
 // netnsCookie is the number of fd's network namespace; it is never used twice.
 func netnsCookie(fd int) (uint64, error) {
 	var buf [16]byte

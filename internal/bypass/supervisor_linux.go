@@ -58,6 +58,7 @@ type Supervisor struct {
 	host    uint64 // the host's network namespace
 	tasks   tasks
 	epolls  epolls
+	untold  untold
 	options *carrier
 
 	sockets, failed, left, full atomic.Uint64
@@ -235,10 +236,53 @@ func (s *Supervisor) result(id uint64, err unix.Errno) {
 	s.answer(response{id: id, error: -int32(err)})
 }
 
-func (s *Supervisor) answer(r response) {
-	if no := s.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r)); no != 0 && no != unix.ENOENT { // ENOENT: it has ended, or a signal has interrupted it
+// answer reports whether the caller was still there to be told.
+func (s *Supervisor) answer(r response) bool {
+	no := s.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r))
+	if no != 0 && no != unix.ENOENT { // ENOENT: it has ended, or a signal has interrupted it
 		s.complain("answer", no)
 	}
+	return no == 0
+}
+
+// conclude tells the caller what became of a connection that settle told of. A success that a signal kept from him, as signals of Go's own runtime do, is told when he calls again.
+func (s *Supervisor) conclude(id, cookie uint64, err unix.Errno) {
+	if !s.answer(response{id: id, error: -int32(err)}) && err == 0 {
+		s.untold.add(cookie)
+	}
+}
+
+// untold are sockets, by their cookies, that have connected for a caller who does not know.
+type untold struct {
+	mu      sync.Mutex
+	cookies map[uint64]struct{}
+}
+
+// maxUntold bounds what callers can leave there who never call again; when full it begins anew.
+const maxUntold = 1024
+
+func (u *untold) add(cookie uint64) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.cookies == nil || len(u.cookies) >= maxUntold {
+		u.cookies = map[uint64]struct{}{}
+	}
+	u.cookies[cookie] = struct{}{}
+}
+
+// tell is what connect(2) returns for fd of which settle said no.
+func (u *untold) tell(fd int, no unix.Errno) unix.Errno {
+	if no != unix.EISCONN {
+		return no
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	cookie := socketCookie(fd)
+	if _, ok := u.cookies[cookie]; !ok {
+		return no
+	}
+	delete(u.cookies, cookie)
+	return 0
 }
 
 // complain logs once for each sort of trouble.
@@ -429,7 +473,7 @@ func (s *Supervisor) again(n *notification, t *task, fd, theirs int, st socketSt
 		s.await(n.id, theirs, st.family, true)
 		return
 	}
-	no := settle(theirs, st.family)
+	no := s.untold.tell(theirs, settle(theirs, st.family))
 	if no == errUnconnected {
 		if flags, ok := s.replaceable(t, fd); ok && allowed {
 			s.bypass(n, fd, theirs, flags, st.family, dst)
@@ -437,7 +481,8 @@ func (s *Supervisor) again(n *notification, t *task, fd, theirs int, st socketSt
 		}
 		no = unix.EADDRNOTAVAIL // the container's own socket, which could reach the rest, is gone
 	}
-	s.letGo(theirs, func() { s.result(n.id, no) })
+	cookie := socketCookie(theirs)
+	s.letGo(theirs, func() { s.conclude(n.id, cookie, no) })
 }
 
 func blocks(fd int) bool {
@@ -452,7 +497,7 @@ func (s *Supervisor) leave(id uint64, theirs, family int, dst netip.AddrPort) {
 	if wait { // for a moment it does not: who else has it has nothing to do with it before it is connected
 		_ = unix.SetNonblock(theirs, true)
 	}
-	no := connectTo(theirs, family, dst)
+	no := s.untold.tell(theirs, connectTo(theirs, family, dst))
 	if wait {
 		_ = unix.SetNonblock(theirs, false)
 		if no == unix.EINPROGRESS || no == unix.EALREADY {
@@ -460,7 +505,8 @@ func (s *Supervisor) leave(id uint64, theirs, family int, dst netip.AddrPort) {
 			return
 		}
 	}
-	s.letGo(theirs, func() { s.result(id, no) })
+	cookie := socketCookie(theirs)
+	s.letGo(theirs, func() { s.conclude(id, cookie, no) })
 }
 
 // While the far end is silent it is asked whether the caller still waits: soon at first, since a signal has him call anew, and then ever less often.
@@ -471,9 +517,10 @@ const (
 
 // await answers a caller who waits for fd, a duplicate that it takes over, to connect; counted says that a failure is one of the host's.
 func (s *Supervisor) await(id uint64, fd, family int, counted bool) {
+	cookie := socketCookie(fd)
 	if !connecting(tcpState(fd)) { // a near end has answered by now, and nobody need be woken for it
-		no := settle(fd, family)
-		s.letGo(fd, func() { s.result(id, no) })
+		no := s.untold.tell(fd, settle(fd, family))
+		s.letGo(fd, func() { s.conclude(id, cookie, no) })
 		return
 	}
 	ok := s.beside(func() {
@@ -485,7 +532,7 @@ func (s *Supervisor) await(id uint64, fd, family int, counted bool) {
 		if no != 0 && no != unix.EINPROGRESS && counted {
 			s.failed.Add(1)
 		}
-		s.result(id, no)
+		s.conclude(id, cookie, no)
 	})
 	if !ok {
 		s.full.Add(1)
@@ -519,7 +566,7 @@ func (s *Supervisor) connected(id uint64, fd, family int) (no unix.Errno, there 
 			}
 			continue
 		}
-		return settle(fd, family), true
+		return s.untold.tell(fd, settle(fd, family)), true
 	}
 }
 

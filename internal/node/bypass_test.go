@@ -41,6 +41,7 @@ var bypassCases = map[string]func(bypassWorld) error{
 	"inside":        staysInside,
 	"many":          manyAtOnce,
 	"nested":        nestedNetwork,
+	"signals":       underSignals,
 	"hostile":       hostile,
 	"hostile swap":  hostileSwap,
 	"too many":      tooMany,
@@ -571,6 +572,42 @@ func waitForever(w bypassWorld) error {
 	return unix.Connect(fd, address(w.silent))
 }
 
+// underSignals: a call that a signal interrupts and the kernel makes anew succeeds as any other, to the outside and to its own loopback.
+func underSignals(w bypassWorld) error {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	go serveEcho(l)
+	runtime.LockOSThread()
+	pid, tid := os.Getpid(), unix.Gettid()
+	var done atomic.Bool
+	var g sync.WaitGroup
+	g.Go(func() {
+		for !done.Load() {
+			_ = unix.Tgkill(pid, tid, unix.SIGURG)
+			time.Sleep(20 * time.Microsecond)
+		}
+	})
+	defer g.Wait()
+	defer done.Store(true)
+	for i := range 300 {
+		to := w.echo
+		if i%3 == 0 {
+			to = l.Addr().String()
+		}
+		fd, err := tcpSocket(0)
+		if err != nil {
+			return err
+		}
+		if err := unix.Connect(fd, address(to)); err != nil {
+			return fmt.Errorf("connect %d to %s: %w", i, to, err)
+		}
+		unix.Close(fd)
+	}
+	return nil
+}
+
 // nestedNetwork: a network namespace that the command makes has no way out, as without a bypass.
 func nestedNetwork(w bypassWorld) error {
 	runtime.LockOSThread() // and the thread ends with the process
@@ -644,7 +681,7 @@ func TestBypass(t *testing.T) {
 		}
 		return c, bufio.NewReader(r)
 	}
-	for _, names := range []string{"carries,watched,bound,refused,refused later,asks again,inside", "many", "nested", "hostile,hostile swap", "too many"} {
+	for _, names := range []string{"carries,watched,bound,refused,refused later,asks again,inside", "many", "signals,nested", "hostile,hostile swap", "too many"} {
 		t.Run(names, func(t *testing.T) {
 			c, out := run(names)
 			said, _ := io.ReadAll(out)
