@@ -274,8 +274,8 @@ func TestChoose(t *testing.T) {
 		return strings.Join(out, " ")
 	}
 	for _, c := range []struct{ scenario, names, want, unknown string }{
-		{"nat", "", "kernel patchbay slirp4netns pasta pasta@newest gvproxy patchbay@65520 slirp4netns@65520 pasta@65520 pasta@newest65520 host", ""},
-		{"nat", "all", "kernel patchbay slirp4netns pasta pasta@newest gvproxy patchbay@65520 slirp4netns@65520 pasta@65520 pasta@newest65520 host", ""},
+		{"nat", "", "kernel patchbay patchbay@bypass slirp4netns pasta pasta@newest gvproxy patchbay@65520 slirp4netns@65520 pasta@65520 pasta@newest65520 host", ""},
+		{"nat", "all", "kernel patchbay patchbay@bypass slirp4netns pasta pasta@newest gvproxy patchbay@65520 slirp4netns@65520 pasta@65520 pasta@newest65520 host", ""},
 		{"nat@rtt10", "auto", "kernel patchbay slirp4netns pasta pasta@newest gvproxy", ""},
 		{"nat", "pasta, vde_switch,passt", "kernel pasta", "passt"},
 		{"switch", "pasta,vde_switch", "kernel vde_switch", ""},
