@@ -125,6 +125,7 @@ func (o option) set(fd int, v []byte) {
 // socketState is what decides about a socket.
 type socketState struct {
 	network uint64 // the cookie of its network namespace
+	unix    bool   // of AF_UNIX
 	tcp     bool   // and then the rest is known
 	family  int
 	state   uint8 // TCP_CLOSE and the like
@@ -145,6 +146,8 @@ func look(fd int) (st socketState, err error) {
 	}
 	protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
 	if err != nil || protocol != unix.IPPROTO_TCP {
+		domain, derr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+		st.unix = derr == nil && domain == unix.AF_UNIX
 		return st, err
 	}
 	switch sa, _ := unix.Getsockname(fd); sa := sa.(type) {

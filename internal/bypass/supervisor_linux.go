@@ -245,14 +245,14 @@ func (s *Supervisor) answer(r response) bool {
 	return no == 0
 }
 
-// conclude tells the caller what became of a connection that settle told of. A success that a signal kept from him, as signals of Go's own runtime do, is told when he calls again.
+// conclude tells the caller what untold.ask came to. A success that a signal keeps from him, as signals of Go's own runtime do, is told when he calls again.
 func (s *Supervisor) conclude(id, cookie uint64, err unix.Errno) {
-	if !s.answer(response{id: id, error: -int32(err)}) && err == 0 {
-		s.untold.add(cookie)
+	if s.answer(response{id: id, error: -int32(err)}) && err == 0 {
+		s.untold.forget(cookie)
 	}
 }
 
-// untold are sockets, by their cookies, that have connected for a caller who does not know.
+// untold are sockets, by their cookies, that have connected for a caller who does not know yet.
 type untold struct {
 	mu      sync.Mutex
 	cookies map[uint64]struct{}
@@ -261,28 +261,27 @@ type untold struct {
 // maxUntold bounds what callers can leave there who never call again; when full it begins anew.
 const maxUntold = 1024
 
-func (u *untold) add(cookie uint64) {
+// ask is what a caller is to be told of the socket with that cookie, of which the kernel says what connect returns: success once, and as often as it does not come to him.
+func (u *untold) ask(cookie uint64, connect func() unix.Errno) unix.Errno {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.cookies == nil || len(u.cookies) >= maxUntold {
-		u.cookies = map[uint64]struct{}{}
+	no := connect()
+	switch _, ok := u.cookies[cookie]; {
+	case no == 0:
+		if u.cookies == nil || len(u.cookies) >= maxUntold {
+			u.cookies = map[uint64]struct{}{}
+		}
+		u.cookies[cookie] = struct{}{}
+	case no == unix.EISCONN && ok:
+		no = 0
 	}
-	u.cookies[cookie] = struct{}{}
+	return no
 }
 
-// tell is what connect(2) returns for fd of which settle said no.
-func (u *untold) tell(fd int, no unix.Errno) unix.Errno {
-	if no != unix.EISCONN {
-		return no
-	}
+func (u *untold) forget(cookie uint64) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	cookie := socketCookie(fd)
-	if _, ok := u.cookies[cookie]; !ok {
-		return no
-	}
 	delete(u.cookies, cookie)
-	return 0
 }
 
 // complain logs once for each sort of trouble.
@@ -350,7 +349,7 @@ func (s *Supervisor) makeEpoll(n *notification) {
 	case 0:
 		s.epolls.add(number)
 		s.answer(response{id: n.id, val: int64(number)})
-	case unix.ENOENT: // it has ended
+	case unix.ENOENT, unix.ESRCH: // it has ended, or calls again
 	default:
 		s.result(n.id, no) // EMFILE
 	}
@@ -368,7 +367,7 @@ func (s *Supervisor) listen(n *notification) {
 	no := errnoOf(err) // ENOTSOCK
 	switch {
 	case err != nil:
-	case st.network == s.host:
+	case st.network == s.host && !st.unix: // one of AF_UNIX has been inherited, as by who is started with it
 		no = unix.EPERM
 	default:
 		no = errnoOf(unix.Listen(theirs, n.arg(1)))
@@ -405,7 +404,7 @@ func (s *Supervisor) connect(n *notification) {
 			return
 		}
 	}
-	s.leave(n.id, theirs, st.family, dst)
+	s.leave(n.id, theirs, st, dst)
 }
 
 // replaceable reports whether what t has as fd can be another socket without t's noticing, and its flags.
@@ -452,7 +451,7 @@ func (s *Supervisor) bypass(n *notification, fd, theirs, flags, family int, dst 
 	}
 	if _, given := s.put(n.id, ours, fd, flags); given != 0 {
 		unix.Close(ours)
-		if given != unix.ENOENT { // his limit of open files is below the descriptor's number, for instance
+		if given != unix.ENOENT && given != unix.ESRCH { // his limit of open files is below the descriptor's number, for instance
 			s.complain("hand over", given)
 			s.failed.Add(1)
 			s.result(n.id, unix.EACCES)
@@ -473,7 +472,8 @@ func (s *Supervisor) again(n *notification, t *task, fd, theirs int, st socketSt
 		s.await(n.id, theirs, st.family, true)
 		return
 	}
-	no := s.untold.tell(theirs, settle(theirs, st.family))
+	cookie := socketCookie(theirs)
+	no := s.untold.ask(cookie, func() unix.Errno { return settle(theirs, st.family) })
 	if no == errUnconnected {
 		if flags, ok := s.replaceable(t, fd); ok && allowed {
 			s.bypass(n, fd, theirs, flags, st.family, dst)
@@ -481,7 +481,6 @@ func (s *Supervisor) again(n *notification, t *task, fd, theirs int, st socketSt
 		}
 		no = unix.EADDRNOTAVAIL // the container's own socket, which could reach the rest, is gone
 	}
-	cookie := socketCookie(theirs)
 	s.letGo(theirs, func() { s.conclude(n.id, cookie, no) })
 }
 
@@ -491,21 +490,21 @@ func blocks(fd int) bool {
 }
 
 // leave connects a socket of the container's own, a duplicate of which it takes over, to where the network and NAT lead.
-func (s *Supervisor) leave(id uint64, theirs, family int, dst netip.AddrPort) {
+func (s *Supervisor) leave(id uint64, theirs int, st socketState, dst netip.AddrPort) {
 	s.left.Add(1)
-	wait := blocks(theirs)
+	wait := blocks(theirs) && (st.state == tcpClose || connecting(st.state))
 	if wait { // for a moment it does not: who else has it has nothing to do with it before it is connected
 		_ = unix.SetNonblock(theirs, true)
 	}
-	no := s.untold.tell(theirs, connectTo(theirs, family, dst))
+	cookie := socketCookie(theirs)
+	no := s.untold.ask(cookie, func() unix.Errno { return connectTo(theirs, st.family, dst) })
 	if wait {
 		_ = unix.SetNonblock(theirs, false)
 		if no == unix.EINPROGRESS || no == unix.EALREADY {
-			s.await(id, theirs, family, false)
+			s.await(id, theirs, st.family, false)
 			return
 		}
 	}
-	cookie := socketCookie(theirs)
 	s.letGo(theirs, func() { s.conclude(id, cookie, no) })
 }
 
@@ -519,7 +518,7 @@ const (
 func (s *Supervisor) await(id uint64, fd, family int, counted bool) {
 	cookie := socketCookie(fd)
 	if !connecting(tcpState(fd)) { // a near end has answered by now, and nobody need be woken for it
-		no := s.untold.tell(fd, settle(fd, family))
+		no := s.untold.ask(cookie, func() unix.Errno { return settled(fd, family) })
 		s.letGo(fd, func() { s.conclude(id, cookie, no) })
 		return
 	}
@@ -566,7 +565,7 @@ func (s *Supervisor) connected(id uint64, fd, family int) (no unix.Errno, there 
 			}
 			continue
 		}
-		return s.untold.tell(fd, settle(fd, family)), true
+		return s.untold.ask(socketCookie(fd), func() unix.Errno { return settled(fd, family) }), true
 	}
 }
 
@@ -648,15 +647,31 @@ const errUnconnected = unix.EAFNOSUPPORT
 // settle is connect(2) on a socket that has been told where to: 0 the first time that it is connected, EISCONN afterwards, EALREADY, or why it failed. It cannot connect a socket that has not, or has no more: the address is of the
 // other family, which the kernel finds out when it comes to look at it (net/ipv4/af_inet.c, __inet_stream_connect).
 func settle(fd, family int) unix.Errno {
+	if connecting(tcpState(fd)) {
+		return unix.EALREADY // without asking, which would wait if the caller has had the socket block meanwhile
+	}
 	var sa unix.Sockaddr = &unix.SockaddrInet6{}
 	if family == unix.AF_INET6 {
-		sa = &unix.SockaddrInet4{}
+		// Should the caller have turned it into one of IPv4 meanwhile (IPV6_ADDRFORM): TCP connects to no broadcast address.
+		sa = &unix.SockaddrInet4{Addr: [4]byte{255, 255, 255, 255}}
 	}
 	no := errnoOf(unix.Connect(fd, sa))
 	if no == unix.EINVAL { // IPv6 finds the address too short first
 		return errUnconnected
 	}
 	return no
+}
+
+// settled is settle for who has seen the socket connect: that it is connected, by whoever asked first, is success, and that it is nothing any more is that it was broken off.
+func settled(fd, family int) unix.Errno {
+	switch no := settle(fd, family); no {
+	case unix.EISCONN:
+		return 0
+	case errUnconnected:
+		return unix.ECONNABORTED
+	default:
+		return no
+	}
 }
 
 func errnoOf(err error) (no unix.Errno) {

@@ -8,6 +8,7 @@ import (
 	"os/signal"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -25,8 +26,8 @@ import (
 // starterArg0 is how a re-executed patchbay knows that it is the starter.
 const starterArg0 = "patchbay-edge-starter"
 
-// starterFixed is how many of the starter's arguments come before COMMAND's: its name, the socket, the signal mask, the ignored signals, whether to give up capabilities, and COMMAND's path.
-const starterFixed = 6
+// starterFixed is how many of the starter's arguments come before COMMAND's: its name, the socket, the file with COMMAND's environment, the signal mask, the ignored signals, whether to give up capabilities, and COMMAND's path.
+const starterFixed = 7
 
 // What the starter says first.
 const (
@@ -42,15 +43,24 @@ func (e *edgeProc) startBypassed(drop bool, path string, argv, env []string) (pi
 	}
 	mine, theirs := pair[0], pair[1]
 	defer unix.Close(mine)
+	envFD, err := envFile(env)
+	if err != nil {
+		unix.Close(theirs)
+		return 0, failed("bypass: COMMAND's environment: %w", err)
+	}
 	_, err = unix.FcntlInt(uintptr(theirs), unix.F_SETFD, 0)
 	if err == nil {
-		args := append([]string{starterArg0, strconv.Itoa(theirs), strconv.FormatUint(e.spec.SigMask, 10), strconv.FormatUint(e.spec.Ignored, 10), strconv.FormatBool(drop), path}, argv...)
-		// What comes before COMMAND is there waits for it: all signals are blocked until then.
-		pid, err = forkExec(^uint64(0), "/proc/self/exe", args, env)
+		args := append([]string{starterArg0, strconv.Itoa(theirs), strconv.Itoa(envFD), strconv.FormatUint(e.spec.SigMask, 10), strconv.FormatUint(e.spec.Ignored, 10), strconv.FormatBool(drop), path}, argv...)
+		// What comes before COMMAND is there waits for it: all signals are blocked until then. Its environment is not for Go's runtime to read.
+		pid, err = forkExec(^uint64(0), "/proc/self/exe", args, edgeEnv)
 	}
 	unix.Close(theirs)
-	if err != nil {
+	unix.Close(envFD)
+	if errors.Is(err, unix.E2BIG) {
 		return 0, err
+	}
+	if err != nil {
+		return 0, failed("bypass: start the process that executes COMMAND: %w", err)
 	}
 	child := pid
 	defer func() {
@@ -88,14 +98,50 @@ func (e *edgeProc) startBypassed(drop bool, path string, argv, env []string) (pi
 	return pid, nil
 }
 
+// envFile writes an environment into a file in memory, which a child inherits.
+func envFile(env []string) (int, error) {
+	fd, err := unix.MemfdCreate("patchbay-env", 0)
+	if err != nil {
+		return -1, err
+	}
+	for b := []byte(strings.Join(env, "\x00")); len(b) > 0; {
+		n, err := unix.Write(fd, b)
+		if err != nil {
+			unix.Close(fd)
+			return -1, err
+		}
+		b = b[n:]
+	}
+	return fd, nil
+}
+
+// readEnv reads what envFile wrote, and closes it.
+func readEnv(fd int) ([]string, error) {
+	f := os.NewFile(uintptr(fd), "env")
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, fi.Size())
+	if _, err := f.ReadAt(b, 0); err != nil && len(b) > 0 {
+		return nil, err
+	}
+	if len(b) == 0 {
+		return nil, nil
+	}
+	return strings.Split(string(b), "\x00"), nil
+}
+
 // starter becomes COMMAND, or says why not. It does nothing but system calls once the filter is on: no goroutine, no poller.
 func starter(args []string) {
 	runtime.LockOSThread()
 	sock, err1 := strconv.Atoi(args[1])
-	mask, err2 := strconv.ParseUint(args[2], 10, 64)
-	ignored, err3 := strconv.ParseUint(args[3], 10, 64)
-	drop, err4 := strconv.ParseBool(args[4])
-	if errors.Join(err1, err2, err3, err4) != nil {
+	envFD, err2 := strconv.Atoi(args[2])
+	mask, err3 := strconv.ParseUint(args[3], 10, 64)
+	ignored, err4 := strconv.ParseUint(args[4], 10, 64)
+	drop, err5 := strconv.ParseBool(args[5])
+	if errors.Join(err1, err2, err3, err4, err5) != nil {
 		fmt.Fprintln(os.Stderr, "patchbay: it is started by `patchbay run --bypass` only")
 		os.Exit(StatusFailed)
 	}
@@ -103,6 +149,10 @@ func starter(args []string) {
 	fail := func(err error) {
 		_, _ = unix.Write(sock, append([]byte{starterFails}, err.Error()...))
 		os.Exit(StatusFailed)
+	}
+	env, err := readEnv(envFD)
+	if err != nil {
+		fail(fmt.Errorf("COMMAND's environment: %w", err))
 	}
 	// The thread that executes COMMAND becomes its first, whichever it is.
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
@@ -138,10 +188,10 @@ func starter(args []string) {
 	var set unix.Sigset_t
 	set.Val[0] = mask
 	_ = unix.PthreadSigmask(unix.SIG_SETMASK, &set, nil)
-	path, argv := args[5], args[starterFixed:]
-	err = syscall.Exec(path, argv, os.Environ())
+	path, argv := args[6], args[starterFixed:]
+	err = syscall.Exec(path, argv, env)
 	if errors.Is(err, unix.ENOEXEC) {
-		err = syscall.Exec(shell, shellArgs(path, argv), os.Environ())
+		err = syscall.Exec(shell, shellArgs(path, argv), env)
 	}
 	var no syscall.Errno
 	if !errors.As(err, &no) {
