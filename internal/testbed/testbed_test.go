@@ -42,22 +42,6 @@ func TestInsideIsAnOrdinaryUsersRoot(t *testing.T) {
 	}
 }
 
-// What this process does is its own, what one does that is nobody's child here is not counted for it.
-func TestOthers(t *testing.T) {
-	others := Others(t)
-	busy0, _ := machineTicks(t)
-	own0 := ownTicks()
-	for end := time.Now().Add(500 * time.Millisecond); time.Now().Before(end); {
-	}
-	busy, _ := machineTicks(t)
-	if own := ownTicks() - own0; own < 10 || own > busy-busy0+5 {
-		t.Errorf("own %d of %d ticks", own, busy-busy0)
-	}
-	if share := others(); share < 0 || share > 1 {
-		t.Errorf("others used %v", share)
-	}
-}
-
 func TestTUN(t *testing.T) {
 	RequireTUN(t)
 	if err := probeTUN(); err != nil {
