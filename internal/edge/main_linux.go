@@ -117,14 +117,8 @@ func (e *edgeProc) run(specFD int) error {
 }
 
 func (e *edgeProc) readSpec(fd int) error {
-	f := os.NewFile(uintptr(fd), "spec")
-	defer f.Close()
-	fi, err := f.Stat()
+	b, err := readMemFile(fd)
 	if err != nil {
-		return err
-	}
-	b := make([]byte, fi.Size())
-	if _, err := f.ReadAt(b, 0); err != nil {
 		return err
 	}
 	return e.spec.decode(b)

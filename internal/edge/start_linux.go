@@ -246,7 +246,12 @@ func specFile(w *wireSpec) (int, error) {
 	if err != nil {
 		return -1, err
 	}
-	fd, err := unix.MemfdCreate("patchbay-spec", unix.MFD_CLOEXEC)
+	return memFile("patchbay-spec", b, unix.MFD_CLOEXEC)
+}
+
+// memFile makes a file in memory.
+func memFile(name string, b []byte, flags int) (int, error) {
+	fd, err := unix.MemfdCreate(name, flags)
 	if err != nil {
 		return -1, err
 	}
@@ -259,6 +264,21 @@ func specFile(w *wireSpec) (int, error) {
 		off += n
 	}
 	return fd, nil
+}
+
+// readMemFile reads what memFile wrote, and closes it.
+func readMemFile(fd int) ([]byte, error) {
+	f := os.NewFile(uintptr(fd), "memory")
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, fi.Size())
+	if _, err := f.ReadAt(b, 0); err != nil {
+		return nil, err
+	}
+	return b, nil
 }
 
 // takeDevices receives n opened interfaces, or the edge process's reason why there are none.

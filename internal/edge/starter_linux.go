@@ -43,7 +43,7 @@ func (e *edgeProc) startBypassed(drop bool, path string, argv, env []string) (pi
 	}
 	mine, theirs := pair[0], pair[1]
 	defer unix.Close(mine)
-	envFD, err := envFile(env)
+	envFD, err := memFile("patchbay-env", []byte(strings.Join(env, "\x00")), 0)
 	if err != nil {
 		unix.Close(theirs)
 		return 0, failed("bypass: COMMAND's environment: %w", err)
@@ -98,41 +98,6 @@ func (e *edgeProc) startBypassed(drop bool, path string, argv, env []string) (pi
 	return pid, nil
 }
 
-// envFile writes an environment into a file in memory, which a child inherits.
-func envFile(env []string) (int, error) {
-	fd, err := unix.MemfdCreate("patchbay-env", 0)
-	if err != nil {
-		return -1, err
-	}
-	for b := []byte(strings.Join(env, "\x00")); len(b) > 0; {
-		n, err := unix.Write(fd, b)
-		if err != nil {
-			unix.Close(fd)
-			return -1, err
-		}
-		b = b[n:]
-	}
-	return fd, nil
-}
-
-// readEnv reads what envFile wrote, and closes it.
-func readEnv(fd int) ([]string, error) {
-	f := os.NewFile(uintptr(fd), "env")
-	defer f.Close()
-	fi, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	b := make([]byte, fi.Size())
-	if _, err := f.ReadAt(b, 0); err != nil && len(b) > 0 {
-		return nil, err
-	}
-	if len(b) == 0 {
-		return nil, nil
-	}
-	return strings.Split(string(b), "\x00"), nil
-}
-
 // starter becomes COMMAND, or says why not. It does nothing but system calls once the filter is on: no goroutine, no poller.
 func starter(args []string) {
 	runtime.LockOSThread()
@@ -150,9 +115,13 @@ func starter(args []string) {
 		_, _ = unix.Write(sock, append([]byte{starterFails}, err.Error()...))
 		os.Exit(StatusFailed)
 	}
-	env, err := readEnv(envFD)
+	b, err := readMemFile(envFD)
 	if err != nil {
 		fail(fmt.Errorf("COMMAND's environment: %w", err))
+	}
+	var env []string
+	if len(b) > 0 {
+		env = strings.Split(string(b), "\x00")
 	}
 	// The thread that executes COMMAND becomes its first, whichever it is.
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
