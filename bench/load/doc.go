@@ -7,6 +7,9 @@
 // two-core machine the poller's wake-ups would be most of a request-response figure. The server's acceptors answer short connections on the thread that
 // accepted them.
 //
+// Which congestion control TCP has decides what a path seems to carry: BBR paces each stream by a model of its own and so measures that. Whoever compares names one, for the client and for the
+// server; otherwise both have what their network namespaces have.
+//
 // What is measured:
 //
 //   - Stream: bytes per second over TCP, either way, one or several streams.

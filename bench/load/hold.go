@@ -40,7 +40,7 @@ func Hold(ctx context.Context, c Config) (res Result, letGo func() error, err er
 		return Result{}, nil, err
 	}
 	// The way to let go is opened first: there may be none afterwards, while the path carries all it can.
-	control, err := dial(ctx, "tcp", c.Addr)
+	control, err := dial(ctx, "tcp", c.Addr, c.Congestion)
 	if err == nil {
 		if err = control.setTimeout(ioTimeout); err == nil {
 			_, err = control.Write([]byte{opLetGo})
@@ -64,7 +64,7 @@ func Hold(ctx context.Context, c Config) (res Result, letGo func() error, err er
 				recs[i].fail(fmt.Errorf("%v are over", c.Most))
 				return
 			}
-			fd, err := holdOne(family, sa, most)
+			fd, err := holdOne(family, sa, most, c.Congestion)
 			if err != nil {
 				recs[i].fail(err)
 				if inRow.Add(1) >= holdFailures || time.Since(start)-time.Duration(good.Load()) > holdSilence {
@@ -96,7 +96,7 @@ func Hold(ctx context.Context, c Config) (res Result, letGo func() error, err er
 	}, nil
 }
 
-func holdOne(family int, sa unix.Sockaddr, most int) (int, error) {
+func holdOne(family int, sa unix.Sockaddr, most int, congestion string) (int, error) {
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
@@ -104,6 +104,9 @@ func holdOne(family int, sa unix.Sockaddr, most int) (int, error) {
 	s, answer := blockingSocket{fd}, []byte{opHold}
 	if fd >= most {
 		err = fmt.Errorf("the near side: %w", unix.EMFILE)
+	}
+	if err == nil {
+		err = SetCongestion(fd, congestion)
 	}
 	if err == nil {
 		err = s.connect(sa, ioTimeout)

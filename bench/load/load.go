@@ -26,6 +26,8 @@ type Config struct {
 	Rate     int           // Flood: datagrams a second; 0 = flat out
 	Reverse  bool          // Stream and Flood: from the server to the client
 	Greeting bool          // ConnectRequestClose: use the port where the server speaks first
+
+	Congestion string // congestion control of the TCP sockets; "" = what the network namespace has
 }
 
 func (c Config) withDefaults(size int) Config {
@@ -143,8 +145,8 @@ func workers(n int, f func(i int)) {
 type blockingSocket struct{ fd int }
 
 // dial opens a blocking socket to addr within ioTimeout. It resolves names like net.Dial.
-func dial(ctx context.Context, network, addr string) (blockingSocket, error) {
-	d := net.Dialer{Timeout: ioTimeout}
+func dial(ctx context.Context, network, addr, congestion string) (blockingSocket, error) {
+	d := net.Dialer{Timeout: ioTimeout, Control: Control(congestion)}
 	c, err := d.DialContext(ctx, network, addr)
 	if err != nil {
 		return blockingSocket{}, err

@@ -17,7 +17,7 @@ import (
 
 func startServer(t *testing.T) string {
 	t.Helper()
-	s, err := Listen("127.0.0.1:0")
+	s, err := Listen(ServerConfig{Addr: "127.0.0.1:0"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -264,7 +264,7 @@ func TestBrokenStreamIsCounted(t *testing.T) {
 				_, _ = out.Write(op)
 				_, _ = io.CopyN(out, in, passed-9)
 				for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-					if n, _, err := sunk(t.Context(), addr, getInt64(op[1:])); err != nil || n > 0 {
+					if n, _, err := sunk(t.Context(), Config{Addr: addr}, getInt64(op[1:])); err != nil || n > 0 {
 						break // what is still on its way when the connection breaks is not counted
 					}
 				}

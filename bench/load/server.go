@@ -34,35 +34,44 @@ type Server struct {
 	wg    sync.WaitGroup
 }
 
-// Listen opens the server's ports: addr is host:port; with port 0 a pair of free neighbours is looked for.
-func Listen(addr string) (*Server, error) {
-	host, port, err := net.SplitHostPort(addr)
+// ServerConfig says where to serve. The zero value of a field other than Addr is its documented default.
+type ServerConfig struct {
+	Addr       string // host:port; with port 0 a pair of free neighbours is looked for
+	Congestion string // congestion control of the TCP sockets; "" = what the network namespace has
+}
+
+// Listen opens the server's ports.
+func Listen(c ServerConfig) (*Server, error) {
+	host, port, err := net.SplitHostPort(c.Addr)
 	if err != nil {
 		return nil, err
 	}
 	const tries = 20
 	for try := 0; ; try++ {
-		s, err := listen(host, port)
+		s, err := listen(host, port, c.Congestion)
 		if err == nil || port != "0" || try == tries {
 			return s, err
 		}
 	}
 }
 
-func listen(host, port string) (_ *Server, err error) {
+func listen(host, port, congestion string) (_ *Server, err error) {
 	s := &Server{conns: make(map[int]struct{}), sinks: make(map[int64]*sinkCount), mostHeld: mostHeld()}
 	defer func() {
 		if err != nil {
 			s.closeSockets()
 		}
 	}()
-	l, err := net.Listen("tcp", net.JoinHostPort(host, port))
+	ctx := context.Background() // which bounds the look-up of a name alone
+	lc := net.ListenConfig{Control: Control(congestion)}
+	lc.SetMultipathTCP(false) // whose socket takes a congestion control for the connections to come, and never says that it is refused
+	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(host, port))
 	if err != nil {
 		return nil, err
 	}
 	s.listeners = append(s.listeners, l.(*net.TCPListener))
 	s.addr = l.Addr().(*net.TCPAddr).AddrPort()
-	greet, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(int(s.addr.Port())+1)))
+	greet, err := lc.Listen(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(int(s.addr.Port())+1)))
 	if err != nil {
 		return nil, err
 	}
@@ -78,6 +87,9 @@ func listen(host, port string) (_ *Server, err error) {
 
 // Addr is the address the server listens on.
 func (s *Server) Addr() netip.AddrPort { return s.addr }
+
+// Congestion is the congestion control of the sockets it accepts, as the listener says.
+func (s *Server) Congestion() (string, error) { return CongestionOf(s.listeners[0]) }
 
 // Serve answers until ctx ends; then it closes every socket and returns nil.
 func (s *Server) Serve(ctx context.Context) error {
@@ -317,9 +329,9 @@ func (s *Server) leave(fd int) {
 func putInt64(n int64) []byte { return binary.BigEndian.AppendUint64(nil, uint64(n)) }
 func getInt64(b []byte) int64 { return int64(binary.BigEndian.Uint64(b)) }
 
-// Run is Listen and Serve in one.
+// Run is Listen and Serve in one, on host:port.
 func Run(ctx context.Context, addr string) error {
-	s, err := Listen(addr)
+	s, err := Listen(ServerConfig{Addr: addr})
 	if err != nil {
 		return fmt.Errorf("load server on %s: %w", addr, err)
 	}

@@ -41,7 +41,7 @@ func Stream(ctx context.Context, c Config) (Result, error) {
 		}
 	}()
 	for range c.Streams {
-		s, err := dial(ctx, "tcp", c.Addr)
+		s, err := dial(ctx, "tcp", c.Addr, c.Congestion)
 		if err != nil {
 			return Result{}, fmt.Errorf("stream to %s: %w", c.Addr, err)
 		}
@@ -63,7 +63,7 @@ func Stream(ctx context.Context, c Config) (Result, error) {
 		}
 		if err != nil && !c.Reverse {
 			var took int64
-			if n, took, errs[i] = sunk(ctx, c.Addr, id); took > longest.Load() {
+			if n, took, errs[i] = sunk(ctx, c, id); took > longest.Load() {
 				longest.Store(took) // of several streams any of the long ones will do
 			}
 		}
@@ -81,10 +81,10 @@ func Stream(ctx context.Context, c Config) (Result, error) {
 }
 
 // sunk asks on a connection of its own what has come to a sink.
-func sunk(ctx context.Context, addr string, id int64) (bytes, took int64, err error) {
+func sunk(ctx context.Context, c Config, id int64) (bytes, took int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, ioTimeout)
 	defer cancel()
-	s, err := dial(ctx, "tcp", addr)
+	s, err := dial(ctx, "tcp", c.Addr, c.Congestion)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -145,7 +145,7 @@ func RequestResponse(ctx context.Context, c Config) (Result, error) {
 	recs := make([]recorder, c.Streams)
 	socks := make([]blockingSocket, c.Streams)
 	workers(c.Streams, func(i int) {
-		s, err := dial(ctx, c.Network, c.Addr)
+		s, err := dial(ctx, c.Network, c.Addr, c.Congestion)
 		if err == nil {
 			if err = s.setTimeout(ioTimeout); err != nil {
 				s.Close()
@@ -236,7 +236,7 @@ func ConnectRequestClose(ctx context.Context, c Config) (Result, error) {
 			if !t.Before(deadline) {
 				return
 			}
-			if err := crrOne(family, sa, c.Greeting); err != nil {
+			if err := crrOne(family, sa, c); err != nil {
 				recs[i].fail(err)
 				continue
 			}
@@ -253,18 +253,21 @@ func sockaddr(a *net.TCPAddr) (unix.Sockaddr, int) {
 	return &unix.SockaddrInet6{Port: a.Port, Addr: [16]byte(a.IP.To16())}, unix.AF_INET6
 }
 
-func crrOne(family int, sa unix.Sockaddr, greeting bool) error {
+func crrOne(family int, sa unix.Sockaddr, c Config) error {
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
 	s := blockingSocket{fd}
 	defer unix.Close(fd) // not Close: nobody else is blocked here, and the shutdown would be one system call more
+	if err := SetCongestion(fd, c.Congestion); err != nil {
+		return err
+	}
 	if err := s.connect(sa, ioTimeout); err != nil {
 		return err
 	}
 	var b [1]byte
-	if !greeting {
+	if !c.Greeting {
 		if _, err := s.Write([]byte{opEcho, 'x'}); err != nil {
 			return fmt.Errorf("request: %w", err)
 		}

@@ -35,7 +35,7 @@ func Flood(ctx context.Context, c Config) (Result, error) {
 	if c.Size < countLen {
 		c.Size = countLen
 	}
-	s, err := dial(ctx, "udp", c.Addr)
+	s, err := dial(ctx, "udp", c.Addr, "")
 	if err != nil {
 		return Result{}, fmt.Errorf("flood to %s: %w", c.Addr, err)
 	}

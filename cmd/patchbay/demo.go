@@ -72,7 +72,7 @@ func demoCommand() *cli.Command {
 func demo(ctx context.Context, out io.Writer, port int) (err error) {
 	began := time.Now()
 	// The host's side of the container-to-host measurement listens on loopback alone, so nothing is opened to the outside.
-	hostLoad, err := load.Listen("127.0.0.1:0")
+	hostLoad, err := load.Listen(load.ServerConfig{Addr: "127.0.0.1:0"})
 	if err != nil {
 		return err
 	}

@@ -128,7 +128,7 @@ func (st *agentState) do(q *ask) (a told, err error) {
 	case q.Short != nil:
 		a.Result, err = load.ConnectRequestClose(context.Background(), *q.Short)
 	case q.Serve != "":
-		s, err := load.Listen(q.Serve)
+		s, err := load.Listen(load.ServerConfig{Addr: q.Serve})
 		if err != nil {
 			return a, err
 		}
