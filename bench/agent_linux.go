@@ -32,6 +32,8 @@ type sideSpec struct {
 	NoGSO bool `json:",omitempty"`
 	// Iperf is the program iperf3, where there is one.
 	Iperf string `json:",omitempty"`
+	// Congestion is the congestion control of TCP, where the machine's is not to be.
+	Congestion string `json:",omitempty"`
 }
 
 type agentSpec struct {
@@ -50,26 +52,29 @@ func argument(spec any) (string, error) {
 	return string(b), err
 }
 
-// prepare is what a side does before it reaches or is reached.
-func (s sideSpec) prepare(ctx context.Context) error {
+// prepare is what a side does before it reaches or is reached, and says which congestion control it has.
+func (s sideSpec) prepare(ctx context.Context) (c Congestion, err error) {
 	if err := shortConnections(); err != nil {
-		return err
+		return c, err
+	}
+	if c, err = settleCongestion(s.Congestion); err != nil { // a contender's namespace has the machine's
+		return c, err
 	}
 	if s.TAP != nil {
 		if err := makeTAP(*s.TAP); err != nil {
-			return err
+			return c, err
 		}
 	}
 	if len(s.Program) > 0 {
 		cmd := exec.CommandContext(ctx, s.Program[0], s.Program[1:]...)
 		cmd.Stderr = os.Stderr
 		if err := cmd.Start(); err != nil {
-			return err
+			return c, err
 		}
 		go func() { _ = cmd.Wait() }() // an early end shows as a target out of reach
 	}
 	if !s.NoGSO {
-		return nil
+		return c, nil
 	}
 	links, err := netlink.LinkList()
 	for _, l := range links {
@@ -77,7 +82,15 @@ func (s sideSpec) prepare(ctx context.Context) error {
 			err = errors.Join(err, noGSO(l))
 		}
 	}
-	return err
+	return c, err
+}
+
+// generator is what the sockets of the side's generator are told when it has c: nothing where the machine's is left.
+func (s sideSpec) generator(c Congestion) string {
+	if s.Congestion == "" {
+		return ""
+	}
+	return c.Sockets
 }
 
 // noGSO has l's kernel cut what it sends through it.
@@ -98,7 +111,9 @@ type greeting struct {
 	Interface string
 	MTU       int
 	Offloads  []string
-	Failed    string // why the target cannot be reached
+	Near      Congestion
+	Far       Congestion `json:",omitzero"` // where the agent is whoever started the far side
+	Failed    string     // why the target cannot be reached
 	// Ahead says that this is no greeting yet: one more container has come up, and so many are to come.
 	Ahead int `json:",omitempty"`
 }
@@ -130,7 +145,7 @@ func agent(ctx context.Context, args []string) error {
 	if err := out.Encode(g); err != nil || g.Failed != "" {
 		return err
 	}
-	in, h := json.NewDecoder(os.Stdin), holder{device: g.Interface, iperf: spec.Iperf}
+	in, h := json.NewDecoder(os.Stdin), holder{device: g.Interface, iperf: spec.Iperf, congestion: spec.generator(g.Near)}
 	for {
 		var q request
 		if err := in.Decode(&q); errors.Is(err, io.EOF) {
@@ -151,16 +166,20 @@ func agent(ctx context.Context, args []string) error {
 }
 
 func prepareAgent(ctx context.Context, spec agentSpec) (g greeting, err error) {
-	if err := spec.prepare(ctx); err != nil {
+	if g.Near, err = spec.prepare(ctx); err != nil {
 		return g, err
 	}
-	local, err := reach(ctx, spec.Target)
+	local, congestion, err := reach(ctx, spec.Target, spec.generator(g.Near))
 	if err != nil {
 		return g, err
 	}
 	ifi, err := interfaceOf(local)
 	if err != nil {
 		return g, err
+	}
+	if congestion != g.Near.Sockets { // no use to ask for it again for each connection
+		g.Near.Refused = fmt.Sprintf("asked for %s, and a connection has come out with %s", g.Near.Sockets, congestion)
+		g.Near.Sockets = congestion
 	}
 	g.Interface, g.MTU = ifi.Name, ifi.MTU
 	g.Offloads, err = offloads(ifi.Name)
@@ -178,24 +197,28 @@ func shortConnections() error {
 	return nil
 }
 
-// reach waits until target accepts a connection, and returns the address of this side on the way there.
-func reach(ctx context.Context, target string) (net.IP, error) {
+// reach waits until target accepts a connection, and returns the address of this side on the way there, and the congestion control that the connection had, of the one asked for: it may be on a socket
+// of the host (run --bypass).
+func reach(ctx context.Context, target, congestion string) (local net.IP, got string, err error) {
 	deadline := time.Now().Add(reachTime)
 	for {
-		d := net.Dialer{Timeout: time.Second}
+		d := net.Dialer{Timeout: time.Second, Control: load.Control(congestion)}
 		c, err := d.DialContext(ctx, "tcp", target)
 		if err == nil {
+			got, err = load.CongestionOf(c.(*net.TCPConn))
 			c.Close()
-			// By UDP, which sends nothing yet: a TCP connection may be on a socket of the host (run --bypass).
-			u, err := d.DialContext(ctx, "udp", target)
 			if err != nil {
-				return nil, err
+				return nil, "", err
+			}
+			u, err := d.DialContext(ctx, "udp", target) // by UDP, which sends nothing yet: see above
+			if err != nil {
+				return nil, "", err
 			}
 			defer u.Close()
-			return u.LocalAddr().(*net.UDPAddr).IP, nil
+			return u.LocalAddr().(*net.UDPAddr).IP, got, nil
 		}
 		if time.Now().After(deadline) || ctx.Err() != nil {
-			return nil, fmt.Errorf("%s is out of reach after %v: %w", target, reachTime, err)
+			return nil, "", fmt.Errorf("%s is out of reach after %v: %w", target, reachTime, err)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
@@ -246,6 +269,9 @@ func makeTAP(t tapSpec) error {
 	)
 }
 
+// ready is what the far side says when it can be reached.
+type ready struct{ Far Congestion }
+
 // serve is the far side. It says so on standard output when it can be reached.
 func serve(ctx context.Context, args []string) error {
 	if len(args) != 1 {
@@ -255,11 +281,15 @@ func serve(ctx context.Context, args []string) error {
 	if err := json.Unmarshal([]byte(args[0]), &spec); err != nil {
 		return err
 	}
-	if err := spec.prepare(ctx); err != nil {
+	far, err := spec.prepare(ctx)
+	if err != nil {
 		return err
 	}
-	s, err := load.Listen(spec.Listen)
+	s, err := load.Listen(load.ServerConfig{Addr: spec.Listen, Congestion: spec.generator(far)})
 	if err != nil {
+		return err
+	}
+	if far.Sockets, err = s.Congestion(); err != nil {
 		return err
 	}
 	if spec.Iperf != "" {
@@ -267,6 +297,8 @@ func serve(ctx context.Context, args []string) error {
 			return err
 		}
 	}
-	fmt.Println("ready")
+	if err := json.NewEncoder(os.Stdout).Encode(ready{far}); err != nil {
+		return err
+	}
 	return s.Serve(ctx)
 }

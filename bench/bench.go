@@ -29,6 +29,8 @@ type Config struct {
 	Rounds int
 	// Time of each measurement, 5 s.
 	Time time.Duration
+	// Congestion is the name of TCP's congestion control, the same for all contenders, or "machine" for what each namespace has by itself. Default cubic, or reno where the kernel has not loaded that.
+	Congestion string
 	// Report is a directory for the rows and the report; "" writes no files.
 	Report string
 	// Commit is the version of the binary.
@@ -77,6 +79,13 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Time < minTime || c.Time > maxTime {
 		return c, fmt.Errorf("%v a measurement: use %v to %v", c.Time, minTime, maxTime)
+	}
+	available, err := availableCongestion()
+	if err != nil {
+		return c, err
+	}
+	if c.Congestion, err = chooseCongestion(c.Congestion, available); err != nil {
+		return c, err
 	}
 	if c.Exe == "" {
 		c.Exe = self
@@ -168,7 +177,11 @@ func inside(ctx context.Context, cfg Config, dir string, events chan<- event) er
 	if !everyID { // a contender that needs the tenant says so
 		uids, gids = []syscall.SysProcIDMap{{HostID: os.Geteuid(), Size: 1}}, []syscall.SysProcIDMap{{HostID: os.Getegid(), Size: 1}}
 	}
-	arg, err := json.Marshal(innerConfig{Variants: cfg.variants(), Peers: cfg.Peers, Rounds: cfg.Rounds, Time: cfg.Time, Commit: cfg.Commit, Dir: dir})
+	tcp := cfg.Congestion
+	if tcp == congestionMachine {
+		tcp = ""
+	}
+	arg, err := json.Marshal(innerConfig{Variants: cfg.variants(), Peers: cfg.Peers, Rounds: cfg.Rounds, Time: cfg.Time, Commit: cfg.Commit, Dir: dir, TCP: tcp})
 	if err != nil {
 		return err
 	}

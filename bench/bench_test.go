@@ -296,14 +296,14 @@ func TestChoose(t *testing.T) {
 
 func TestConfigIsChecked(t *testing.T) {
 	for want, c := range map[string]Config{
-		"scenario": {Scenarios: []string{"tunnels"}}, "peer": {Peers: "passt"}, "rounds": {Rounds: -1}, "measurement": {Time: time.Hour},
+		"scenario": {Scenarios: []string{"tunnels"}}, "peer": {Peers: "passt"}, "rounds": {Rounds: -1}, "measurement": {Time: time.Hour}, "congestion": {Congestion: "nonsense"},
 	} {
 		if _, err := c.withDefaults(); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "use ") {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}
 	c, err := Config{}.withDefaults()
-	if err != nil || !slices.Equal(c.Scenarios, Scenarios()) || c.Rounds != 3 || c.Time != 5*time.Second {
+	if err != nil || !slices.Equal(c.Scenarios, Scenarios()) || c.Rounds != 3 || c.Time != 5*time.Second || c.Congestion != usualCongestion(t) {
 		t.Errorf("%+v, %v", c, err)
 	}
 }
@@ -342,9 +342,10 @@ func TestNumber(t *testing.T) {
 func fixedResults() Results {
 	var res Results
 	date := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	congested := Congestion{Sockets: "cubic", Namespace: "reno"}
 	add := func(round int, scenario, peer, measure, unit string, v, base float64, ps ...Process) {
 		r := Row{Scenario: scenario, Peer: peer, Version: peer + " 1.0", Round: round, Measure: measure, Value: v, Unit: unit, Seconds: 5, MTU: 1500,
-			Offloads: []string{"tx-tcp-segmentation"}, Foreign: 0.02, Date: date, Commit: "abc1234", Machine: Machine{"6.18", "CPU", 2, 20000}, Processes: ps}
+			Offloads: []string{"tx-tcp-segmentation"}, Foreign: 0.02, Date: date, Commit: "abc1234", Machine: Machine{"6.18", "CPU", 2, 20000, congested}, Near: congested, Far: congested, Processes: ps}
 		if base > 0 {
 			q := v / base
 			r.Ratio = &q
@@ -360,7 +361,8 @@ func fixedResults() Results {
 		add(i+1, "nat", "patchbay", "rss", "MiB", 40, 0, run)
 	}
 	add(1, "nat", "pasta", "tcp out", "Gbit/s", 6, 60) // 0.10
-	res.Rows[len(res.Rows)-1].Note = "it stalled"
+	pasta := &res.Rows[len(res.Rows)-1]
+	pasta.Note, pasta.Far = "it stalled", Congestion{Sockets: "reno", Namespace: "reno", Refused: "cubic: not permitted"}
 	res.Absent = []Absence{{Scenario: "nat", Peer: "gvproxy", Reason: "gvproxy is not installed: build\nit"}, {Scenario: "nat", Peer: "pasta", Round: 2, Measure: "tcp out", Reason: "stalled"}}
 	return res
 }

@@ -12,6 +12,10 @@
 //     read back from /proc and the device: executables, arguments, MTU, offloads.
 //   - A contender that is missing or fails is a line with its reason, never left out in silence; and so is one that holds or makes fewer than were asked for, with its figure.
 //   - All that is started may have 65,536 files open a process, or as many as this user may allow: connections held take one or two descriptors each. The report says how many.
+//   - TCP has the same congestion control for all, cubic unless asked otherwise, where it would be the machine's default: BBR paces a stream by its own model of the bandwidth, and a throughput is that
+//     model's then. The generator's sockets are told before they connect or listen, and each namespace is for all others, such as a contender's own and iperf3's. The kernel lets a namespace have only
+//     what the machine's administrator has allowed to everybody (net.ipv4.tcp_allowed_congestion_control), a socket of a privileged process any; where one is refused there is reno, and the report
+//     says both. Nothing of the host's is set.
 //   - CPU time that neither the contender nor the generator used, and time stolen by the hypervisor, are sampled; a measurement that had much of
 //     either is made once more.
 //
@@ -61,7 +65,8 @@
 //
 // The CPU time of a daemon is known to 10 ms, so runs shorter than a second make its seconds per GB coarse. Foreign CPU time contains the
 // kernel's own threads, and memory is that of processes, resident and proportional: what a kernel's bridge, conntrack or vxlan holds is in no figure. Variants count what they take by number at 1.5 s a measurement or longer, and
-// proportionally less below; after 100 s they have what they have.
+// proportionally less below; after 100 s they have what they have. A contender that gives the generator sockets of the host's (run --bypass) has the host's congestion control there, since it may
+// not set more; that row says so. What a contender's own TCP does in its process, such as netstack's, is its own.
 //
 // # References
 //

@@ -40,9 +40,9 @@ type section struct {
 type goalView struct{ Scenario, Text, Bound, Value, Verdict, Class string }
 
 type ranView struct {
-	Name, Version, Offloads string
-	MTU                     int
-	Processes               []string
+	Name, Version, Offloads, Otherwise string
+	MTU                                int
+	Processes                          []string
 }
 
 // Sizes of a plot, in pixels.
@@ -121,7 +121,7 @@ func newView(res Results, goals []Goal) view {
 		v.Goals = append(v.Goals, goalView{g.Scenario, g.Text, g.bound(), number(value), verdict, strings.ReplaceAll(class, " ", "-")})
 	}
 	for _, r := range firstRows(res.Rows) {
-		x := ranView{Name: r.Scenario + " " + r.Peer, Version: r.Version, MTU: r.MTU, Offloads: offloadText(r.Offloads)}
+		x := ranView{Name: r.Scenario + " " + r.Peer, Version: r.Version, MTU: r.MTU, Offloads: offloadText(r.Offloads), Otherwise: r.otherwise()}
 		for _, p := range r.Processes {
 			x.Processes = append(x.Processes, p.Exe+": "+strings.Join(p.Argv, " "))
 		}

@@ -22,7 +22,8 @@ func TestHTML(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"Rounds: 2", "throughput: TCP out Gbit/s", "what it costs: RSS MiB", "crr 1: latency", "55.0 (50.0–60.0) 1.00×", "50.0 / 300 / 7000", "<title>p99 300 µs</title>",
-		`class="held"`, `class="missed"`, "not measured", "pasta 1.0", "/usr/bin/patchbay: patchbay run", "gvproxy is not installed: build it", "nat pasta round 1 tcp out: it stalled"} {
+		`class="held"`, `class="missed"`, "not measured", "pasta 1.0", "/usr/bin/patchbay: patchbay run", "gvproxy is not installed: build it", "nat pasta round 1 tcp out: it stalled",
+		"cubic on the generator&#39;s sockets", "on the far side TCP congestion control reno (cubic: not permitted)"} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page lacks %q", want)
 		}

@@ -91,9 +91,10 @@ var tunnelMeasurements = []measurement{
 
 // holder takes measurements on the agent's side, one after the other.
 type holder struct {
-	device string // the side's interface
-	iperf  string // the program
-	letGo  func() error
+	device     string // the side's interface
+	iperf      string // the program
+	congestion string // of the generator's sockets
+	letGo      func() error
 }
 
 // measure takes one. What is held stays for round trips, and is let go before anything else.
@@ -105,6 +106,7 @@ func (h *holder) measure(ctx context.Context, q request) (load.Result, error) {
 			return load.Result{}, err
 		}
 	}
+	q.Config.Congestion = h.congestion
 	switch q.Kind {
 	case "stream":
 		return load.Stream(ctx, q.Config)

@@ -1,7 +1,6 @@
 package bench
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -112,15 +111,16 @@ func startPair(ctx context.Context, network *node.Network, number int, side side
 	if err != nil {
 		return nil, nil, err
 	}
-	ready, w := pipe()
+	out, w := pipe()
 	far := start("server", role(roleServe, serve), edge.Stdio{Out: w, Err: os.Stderr})
 	if err != nil {
 		return nil, nil, err
 	}
 	w.Close()
-	defer ready.Close()
-	if line, rerr := bufio.NewReader(ready).ReadString('\n'); rerr != nil {
-		return nil, nil, fmt.Errorf("the far side said %q: %w", line, rerr)
+	defer out.Close()
+	var said ready
+	if err := json.NewDecoder(out).Decode(&said); err != nil {
+		return nil, nil, fmt.Errorf("the far side does not listen: %w", err)
 	}
 	if len(far.Addrs()) == 0 {
 		return nil, nil, errors.New("the far side has no address")
@@ -145,5 +145,6 @@ func startPair(ctx context.Context, network *node.Network, number int, side side
 	if err := a.greet(); err != nil {
 		return nil, nil, err
 	}
+	a.greeting.Far = said.Far
 	return a, endAll, up()
 }

@@ -19,13 +19,13 @@ const (
 )
 
 // anywhere is a far side that can be reached at every address it has.
-var anywhere = serveSpec{Listen: ":" + loadPort}
+func (s *site) anywhere() serveSpec { return serveSpec{Listen: ":" + loadPort, sideSpec: s.side()} }
 
 // serveAnywhere is its command line.
-func serveAnywhere() []string {
-	arg, err := argument(anywhere)
+func (s *site) serveAnywhere() []string {
+	arg, err := argument(s.anywhere())
 	if err != nil {
-		panic(err) // of two strings
+		panic(err) // of strings
 	}
 	return role(roleServe, arg)
 }
@@ -50,7 +50,7 @@ func (s *site) dnat() error {
 	if err := s.forwarding(rules); err != nil {
 		return err
 	}
-	if err := s.serveSpec(s.client, asRoot, anywhere); err != nil {
+	if err := s.serveSpec(s.client, asRoot, s.anywhere()); err != nil {
 		return err
 	}
 	return s.callFrom(s.server)
@@ -62,12 +62,12 @@ func (s *site) patchbayPublish(many bool) error {
 	if many {
 		line = append(line, "-p", fmt.Sprintf("%[1]d-%[2]d:%[1]d-%[2]d", idleFirst, idleFirst+idlePorts-1))
 	}
-	return s.published(append(append(line, "--"), serveAnywhere()...))
+	return s.published(append(append(line, "--"), s.serveAnywhere()...))
 }
 
 // publishUser has an ordinary user make a namespace with the far side in it, and a daemon publish its ports.
 func (s *site) publishUser(spec userSpec) error {
-	spec.Inside = serveAnywhere()
+	spec.Inside = s.serveAnywhere()
 	arg, err := argument(spec)
 	if err != nil {
 		return err
@@ -152,7 +152,7 @@ func (s *site) rootlesskit() error {
 		s.path("rootlesskit"), "--net=slirp4netns", "--mtu=1500", "--disable-host-loopback", "--port-driver=builtin",
 		"-p", "0.0.0.0:" + loadPort + ":" + loadPort + "/tcp", "-p", "0.0.0.0:" + loadPort + ":" + loadPort + "/udp", bin,
 	}
-	if err := s.far(s.host, asTenant, append(line, serveAnywhere()[1:]...)); err != nil {
+	if err := s.far(s.host, asTenant, append(line, s.serveAnywhere()[1:]...)); err != nil {
 		return err
 	}
 	return s.callFrom(s.server)

@@ -190,8 +190,12 @@ func machineText(rows []Row) string {
 	if r.Files > 0 { // rows of before have none
 		files = fmt.Sprintf(", %d open files a process", r.Files)
 	}
-	return fmt.Sprintf("%s, %s, %d cores, Linux %s%s, patchbay %s. Rounds: %d, %s s a measurement. Others used at most %.0f %% of the machine during a measurement.",
-		r.Date.Format("2006-01-02"), r.CPU, r.Cores, r.Kernel, files, r.Commit, rounds, number(r.Seconds), foreign*100)
+	tcp := congestionText(r.Congestion)
+	if tcp != "" {
+		tcp = ", " + tcp
+	}
+	return fmt.Sprintf("%s, %s, %d cores, Linux %s%s%s, patchbay %s. Rounds: %d, %s s a measurement. Others used at most %.0f %% of the machine during a measurement.",
+		r.Date.Format("2006-01-02"), r.CPU, r.Cores, r.Kernel, files, tcp, r.Commit, rounds, number(r.Seconds), foreign*100)
 }
 
 // contenders is who has rows in a scenario, in the order of their first ones.
@@ -244,14 +248,14 @@ func writeNotes(b *strings.Builder, rows []Row) {
 	}
 }
 
-// writeContenders says what ran: version, MTU and offloads read back, command lines from /proc.
+// writeContenders says what ran: version, MTU and offloads read back, a congestion control of its own, command lines from /proc.
 func writeContenders(b *strings.Builder, rows []Row) {
 	if len(rows) == 0 {
 		return
 	}
 	b.WriteString("\n## What ran\n\n")
 	for _, r := range firstRows(rows) {
-		fmt.Fprintf(b, "- **%s %s** %s, MTU %d, offloads: %s\n", r.Scenario, r.Peer, r.Version, r.MTU, offloadText(r.Offloads))
+		fmt.Fprintf(b, "- **%s %s** %s, MTU %d, offloads: %s%s\n", r.Scenario, r.Peer, r.Version, r.MTU, offloadText(r.Offloads), r.otherwise())
 		for _, p := range r.Processes {
 			fmt.Fprintf(b, "  - `%s`: `%s`\n", p.Exe, strings.Join(p.Argv, " "))
 		}

@@ -7,25 +7,27 @@ import (
 
 // Row is one measured value and everything needed to believe it. A results file holds one a line, as JSON.
 type Row struct {
-	Scenario  string    `json:"scenario"`
-	Peer      string    `json:"peer"`
-	Version   string    `json:"version"`
-	Processes []Process `json:"processes,omitempty"` // the contender's daemons; none for the kernel
-	Round     int       `json:"round"`               // from 1
-	Measure   string    `json:"measure"`             // such as "tcp out"
-	Direction string    `json:"direction,omitempty"` // out: from the client; in: to the client
-	Streams   int       `json:"streams,omitempty"`
-	Value     float64   `json:"value"`
-	Unit      string    `json:"unit"`
-	Ratio     *float64  `json:"ratio,omitempty"` // to the kernel's value of the same round; absent where the kernel has none
-	Seconds   float64   `json:"seconds,omitempty"`
-	Note      string    `json:"note,omitempty"`     // what went wrong although there is a value
-	MTU       int       `json:"mtu"`                // of the client's interface, read back
-	Offloads  []string  `json:"offloads,omitempty"` // active on the client's interface, read back
-	Foreign   float64   `json:"foreign"`            // share of the machine's CPU time that others used
-	Steal     float64   `json:"steal"`              // share that the hypervisor took
-	Date      time.Time `json:"date"`
-	Commit    string    `json:"commit"`
+	Scenario  string     `json:"scenario"`
+	Peer      string     `json:"peer"`
+	Version   string     `json:"version"`
+	Processes []Process  `json:"processes,omitempty"` // the contender's daemons; none for the kernel
+	Round     int        `json:"round"`               // from 1
+	Measure   string     `json:"measure"`             // such as "tcp out"
+	Direction string     `json:"direction,omitempty"` // out: from the client; in: to the client
+	Streams   int        `json:"streams,omitempty"`
+	Value     float64    `json:"value"`
+	Unit      string     `json:"unit"`
+	Ratio     *float64   `json:"ratio,omitempty"` // to the kernel's value of the same round; absent where the kernel has none
+	Seconds   float64    `json:"seconds,omitempty"`
+	Note      string     `json:"note,omitempty"`           // what went wrong although there is a value
+	MTU       int        `json:"mtu"`                      // of the client's interface, read back
+	Offloads  []string   `json:"offloads,omitempty"`       // active on the client's interface, read back
+	Near      Congestion `json:"near_congestion,omitzero"` // of the agent's side
+	Far       Congestion `json:"far_congestion,omitzero"`
+	Foreign   float64    `json:"foreign"` // share of the machine's CPU time that others used
+	Steal     float64    `json:"steal"`   // share that the hypervisor took
+	Date      time.Time  `json:"date"`
+	Commit    string     `json:"commit"`
 	Machine
 }
 
@@ -41,6 +43,8 @@ type Machine struct {
 	CPU    string `json:"cpu"`
 	Cores  int    `json:"cores"`
 	Files  int    `json:"files,omitempty"` // that a process may have open
+	// Congestion is what the bench's own namespaces have, and its sockets in them.
+	Congestion Congestion `json:"congestion,omitzero"`
 }
 
 // Absence is a contender, or one of its measurements, that has no figure, and why. In a results file its Measure is empty when nothing at all

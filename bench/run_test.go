@@ -192,6 +192,9 @@ func checkRow(t *testing.T, r Row, exe string) {
 		r.Seconds != 0.2 || time.Since(r.Date) > time.Hour || !slices.Contains(r.Offloads, "tx-tcp-segmentation") {
 		t.Errorf("%s: %+v", who, r)
 	}
+	if has := r.Congestion; has.Sockets != usualCongestion(t) || has.Namespace != has.Sockets && has.Namespace != congestionAlways || has.Refused != "" || r.Near != has || r.Far != has {
+		t.Errorf("%s: congestion control %+v, %+v, %+v", who, has, r.Near, r.Far)
+	}
 	zero := strings.HasSuffix(r.Measure, "loss") || strings.HasSuffix(r.Measure, "failed") || strings.HasSuffix(r.Measure, "cpu") // may be
 	if r.Value < 0 || r.Value == 0 && !zero || math.IsInf(r.Value, 0) {
 		t.Errorf("%s is %v", who, r.Value)

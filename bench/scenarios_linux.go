@@ -25,6 +25,7 @@ type innerConfig struct {
 	Time     time.Duration
 	Commit   string
 	Dir      string // for sockets; removed by Run
+	TCP      string // congestion control, or empty for the machine's
 }
 
 // More than this share of the machine's time used by others, or stolen, and a measurement is made once more. Below repeatFrom the shares are too
@@ -84,6 +85,10 @@ func (r *runner) run(ctx context.Context) error {
 	}
 	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return fmt.Errorf("mount /proc of a new PID namespace: %w; a container that masks parts of /proc forbids that", err)
+	}
+	var err error
+	if r.machine.Congestion, err = settleCongestion(r.cfg.TCP); err != nil { // here too, for whatever does not run in a namespace of a site
+		return err
 	}
 	entrants := map[string][]entrant{}
 	for _, name := range r.cfg.Variants {
@@ -157,6 +162,7 @@ func (r *runner) contend(v variant, round int, e entrant, base map[string]float6
 		return err
 	}
 	s := newSite(dir, e.paths, v.condition)
+	s.tcp = r.cfg.TCP
 	if slices.ContainsFunc(ms, func(m measurement) bool { return m.kind == iperfKind }) {
 		s.iperf = r.iperf
 	}
@@ -180,6 +186,7 @@ func (r *runner) contend(v variant, round int, e entrant, base map[string]float6
 		Scenario: sc, Peer: e.name, Version: e.version, Round: round, Commit: r.cfg.Commit, Machine: r.machine, Seconds: r.cfg.Time.Seconds(),
 		MTU: s.agents[0].greeting.MTU, Offloads: s.agents[0].greeting.Offloads, Processes: describe(daemons()),
 	}
+	row.Near, row.Far = s.congestion()
 	report := func(row Row, vs []value) error {
 		for _, v := range vs {
 			row.Measure, row.Value, row.Unit, row.Ratio, row.Date = v.measure, v.v, v.unit, nil, time.Now().UTC().Truncate(time.Second)

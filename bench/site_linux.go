@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -38,6 +39,8 @@ type site struct {
 	iperf  string // the program, where it is to be used
 	under  condition
 	target string // of the agent's measurements
+	tcp    string // congestion control, or empty for the machine's
+	farTCP Congestion
 
 	host, client, server space
 	peer                 space // the other host, in scenario tunnel
@@ -55,7 +58,7 @@ func newSite(dir string, paths map[string]string, under condition) *site {
 func (s *site) path(program string) string { return s.paths[program] }
 
 func (s *site) space(name string) (space, error) {
-	sp, err := newSpace(name)
+	sp, err := newSpace(name, s.tcp)
 	if err == nil {
 		s.opened = append(s.opened, sp)
 	}
@@ -132,10 +135,11 @@ func (s *site) far(sp space, as user, line []string) error {
 		return err
 	}
 	_ = r.SetReadDeadline(time.Now().Add(reachTime)) // a pipe can
-	var b [16]byte
-	if _, err := r.Read(b[:]); err != nil {
+	var said ready
+	if err := json.NewDecoder(r).Decode(&said); err != nil {
 		return fmt.Errorf("the far side does not listen: %w", s.why(err))
 	}
+	s.farTCP = said.Far
 	return nil
 }
 
@@ -203,7 +207,9 @@ func (s *site) launchAgent(sp space, as user, line ...string) error {
 }
 
 // side is what both sides are told.
-func (s *site) side() sideSpec { return sideSpec{NoGSO: s.under.noGSO, Iperf: s.iperf} }
+func (s *site) side() sideSpec {
+	return sideSpec{NoGSO: s.under.noGSO, Iperf: s.iperf, Congestion: s.tcp}
+}
 
 // agentSpec is what the agent of the present target is told.
 func (s *site) agentSpec() agentSpec {
@@ -234,6 +240,15 @@ func (s *site) startUser(a agentSpec, daemon ...string) error {
 		return err
 	}
 	return s.launchAgent(s.host, asOrdinary, role(roleUser, spec)...)
+}
+
+// congestion is what the two sides have. Of several pairs it is that of one.
+func (s *site) congestion() (near, far Congestion) {
+	g := s.agents[0].greeting
+	if g.Far != (Congestion{}) {
+		return g.Near, g.Far
+	}
+	return g.Near, s.farTCP
 }
 
 // why adds to err what the processes last wrote to standard error.

@@ -21,8 +21,8 @@ type space struct {
 	*netns.Handle
 }
 
-// newSpace makes a namespace with lo up, ready for many short connections.
-func newSpace(name string) (space, error) {
+// newSpace makes a namespace with lo up, ready for many short connections, whose TCP sockets have that congestion control, or reno; see settleCongestion.
+func newSpace(name, congestion string) (space, error) {
 	h, err := netns.New()
 	if err != nil {
 		return space{}, err
@@ -33,7 +33,8 @@ func newSpace(name string) (space, error) {
 		if err != nil {
 			return err
 		}
-		return errors.Join(netlink.LinkSetUp(lo), shortConnections())
+		_, err = settleCongestion(congestion)
+		return errors.Join(err, netlink.LinkSetUp(lo), shortConnections())
 	})
 	if err != nil {
 		h.Close()
