@@ -283,7 +283,7 @@ func TestInterrupt(t *testing.T) {
 }
 
 func TestUsageErrors(t *testing.T) {
-	for _, args := range [][]string{{"tunnels"}, {"--peers", "passt"}, {"nat", "--rounds", "x"}, {"nat", "--nonsense", "1"}, {"nat", "--time"}} {
+	for _, args := range [][]string{{"tunnels"}, {"--peers", "passt"}, {"nat", "--rounds", "x"}, {"nat", "--nonsense", "1"}, {"nat", "--time"}, {"nat", "--congestion", "nonsense"}} {
 		cmd, dir := command(t, "", args...)
 		out, err := cmd.CombinedOutput()
 		if err == nil || bytes.Count(out, []byte("\n")) != 1 || !bytes.HasPrefix(out, []byte("patchbay: bench: ")) {

@@ -26,6 +26,10 @@ func benchCommand() *cli.Command {
 			&cli.StringFlag{Name: "peers", Usage: "`LIST` of names such as pasta or pasta@65520, or auto for all of them; the kernel is always measured", Value: "auto"},
 			&cli.IntFlag{Name: "rounds", Usage: "measure every contender `N` times, in turn", Value: 3},
 			&cli.DurationFlag{Name: "time", Usage: "how `LONG` each measurement takes", Value: 5 * time.Second},
+			&cli.StringFlag{
+				Name: "congestion", DefaultText: "cubic, or reno where there is no cubic",
+				Usage: "have TCP use congestion control `NAME`, the same for every contender; machine leaves what this machine has, and with BBR that is measured and not the path",
+			},
 			&cli.StringFlag{Name: "report", Usage: "write rows as JSON lines, and the report as Markdown and as one HTML page with plots, into `DIR`"},
 		},
 		Action: func(c *cli.Context) error {
@@ -46,7 +50,7 @@ func runBench(c *cli.Context) error {
 		return err
 	}
 	cfg := bench.Config{
-		Peers: c.String("peers"), Rounds: c.Int("rounds"), Time: c.Duration("time"), Report: c.String("report"), Commit: commit(),
+		Peers: c.String("peers"), Rounds: c.Int("rounds"), Time: c.Duration("time"), Congestion: c.String("congestion"), Report: c.String("report"), Commit: commit(),
 		Out: c.App.Writer, Progress: os.Stderr,
 	}
 	for _, a := range args {
