@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"patchbay/internal/spin"
 	"patchbay/stack"
 )
 
@@ -287,7 +288,9 @@ func (p *poller) run(ctx context.Context) error {
 
 func (p *poller) loop() error {
 	var evs [pollBatch]unix.EpollEvent
+	var slice spin.Slice
 	for {
+		slice.Yield()
 		wait, stopped := p.due()
 		if stopped {
 			return nil

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +24,7 @@ type reader struct {
 	arena  []byte
 	fs     []frame.Frame
 	spin   spin.Spinner
+	slice  spin.Slice
 }
 
 // Serve reads queue and hands what it reads to sink, a batch at a time, until ctx is done or the Device is closed (nil), or the
@@ -108,6 +108,7 @@ func (r *reader) loop(sink frame.Sink) error {
 
 // step forwards one batch; when there is none it looks again for a while, and then waits.
 func (r *reader) step(sink frame.Sink) error {
+	r.slice.Yield()
 	more, err := r.fill()
 	if len(r.fs) > 0 {
 		r.spin.Found()
@@ -117,8 +118,6 @@ func (r *reader) step(sink frame.Sink) error {
 	case err != nil:
 		return err
 	case more, r.spin.Again(r.d.spin):
-		// Whom Forward has made runnable (the gateway's goroutines) runs on this thread now, instead of waking another core.
-		runtime.Gosched()
 		return nil
 	}
 	return r.wait()

@@ -1,2 +1,3 @@
-// Package spin decides when a loop that reads from the kernel should look again before it sleeps. What was measured is in package tap's documentation.
+// Package spin is about when a loop that reads from the kernel lets others run: Spinner decides when it looks again before it sleeps, and Slice when it gives way to other goroutines.
+// What was measured of spinning is in the documentation of package tap, and of giving way in docs/performance.md.
 package spin

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
-	"runtime"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -61,7 +60,9 @@ func (s *Socket) Serve(ctx context.Context, h Handler) error {
 	defer context.AfterFunc(ctx, s.interrupt)()
 	r := newReceiver(s)
 	var sp spin.Spinner
+	var slice spin.Slice
 	for !s.stop.Load() {
+		slice.Yield()
 		more, errno := r.fill()
 		if len(r.ts) > 0 {
 			sp.Found()
@@ -71,7 +72,6 @@ func (s *Socket) Serve(ctx context.Context, h Handler) error {
 		case errno != 0:
 			return fmt.Errorf("receive on %v: %w", s.local, errno)
 		case more, sp.Again(s.cfg.Spin):
-			runtime.Gosched() // whom Receive has made runnable runs now, on this thread
 		default:
 			if err := s.wait(); err != nil {
 				return fmt.Errorf("receive on %v: %w", s.local, err)
