@@ -11,6 +11,8 @@ import (
 
 	"patchbay/internal/edge"
 	"patchbay/internal/node"
+	"patchbay/internal/spin"
+	"patchbay/nat"
 )
 
 // nodeSpec is what the role node is told.
@@ -29,7 +31,7 @@ func pairsOfContainers(ctx context.Context, args []string) error {
 	if err := json.Unmarshal([]byte(args[0]), &spec); err != nil {
 		return err
 	}
-	node.SetProcs(node.NATLoops + 2)
+	spin.SetProcs(nat.Loops + 2)
 	network, err := node.NewNetwork(ctx, node.NetworkConfig{Name: "bench", LoopTAPs: node.FewCores()})
 	if err != nil {
 		return err

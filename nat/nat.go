@@ -45,6 +45,9 @@ type Config struct {
 	Clock func() time.Time
 }
 
+// Loops is how many threads of a NAT block in epoll_wait.
+const Loops = 2
+
 // Limits are the bounds of a NAT. Zero fields take the default in brackets. What is per container is counted by its address, and a container has
 // three: IPv4, IPv6 and link-local. Flows are fewer where the limit of open files is too low for them; see fit.
 //

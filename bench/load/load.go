@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"patchbay/internal/spin"
 )
 
 // Config says what to measure and how long. The zero value of a field is its documented default.
@@ -132,8 +134,9 @@ func merge(rs []recorder, elapsed time.Duration) Result {
 	return res
 }
 
-// workers runs f on n goroutines and returns when the last has.
+// workers runs f on n goroutines, each of which may wait in the kernel for long, and returns when the last has.
 func workers(n int, f func(i int)) {
+	spin.SetProcs(n)
 	var wg sync.WaitGroup
 	for i := range n {
 		wg.Go(func() { f(i) })

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"patchbay/internal/spin"
 )
 
 // acceptors is how many threads wait for connections, so that as many short connections are answered side by side.
@@ -93,6 +95,7 @@ func (s *Server) Congestion() (string, error) { return CongestionOf(s.listeners[
 
 // Serve answers until ctx ends; then it closes every socket and returns nil.
 func (s *Server) Serve(ctx context.Context) error {
+	spin.SetProcs(len(s.listeners) * acceptors)
 	var fds []int
 	for i, l := range s.listeners {
 		rc, err := l.SyscallConn()
@@ -149,7 +152,9 @@ func (s *Server) closeSockets() {
 }
 
 func (s *Server) accept(lfd int, greet bool) {
+	var slice spin.Slice
 	for {
+		slice.Yield()
 		fd, _, err := unix.Accept4(lfd, unix.SOCK_CLOEXEC)
 		switch {
 		case err == unix.EINTR || err == unix.ECONNABORTED:
@@ -241,7 +246,9 @@ func (s *Server) letGo() {
 
 func source(c blockingSocket) {
 	buf := make([]byte, 128<<10)
+	var slice spin.Slice
 	for {
+		slice.Yield()
 		if _, err := c.Write(buf); err != nil {
 			return
 		}
@@ -266,7 +273,9 @@ func (s *Server) sink(c blockingSocket, op byte, already []byte) {
 	n := s.sinkOf(id)
 	start := time.Now()
 	buf := make([]byte, 128<<10)
+	var slice spin.Slice
 	for {
+		slice.Yield()
 		k, err := c.Read(buf)
 		if errors.Is(err, io.EOF) {
 			break
@@ -297,7 +306,9 @@ func (s *Server) sinkOf(id int64) *sinkCount {
 
 func echo(c blockingSocket) {
 	buf := make([]byte, 64<<10)
+	var slice spin.Slice
 	for {
+		slice.Yield()
 		n, err := c.Read(buf)
 		if err != nil {
 			return

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"patchbay/internal/spin"
 )
 
 // Operations a TCP client asks for with its first byte.
@@ -111,7 +113,9 @@ func streamOne(ctx context.Context, s blockingSocket, c Config, deadline time.Ti
 	if _, err := s.Write(op); err != nil {
 		return 0, err
 	}
+	var slice spin.Slice
 	for time.Now().Before(deadline) && ctx.Err() == nil {
+		slice.Yield()
 		if c.Reverse {
 			n, err := s.Read(buf)
 			received += int64(n)
@@ -176,7 +180,9 @@ func RequestResponse(ctx context.Context, c Config) (Result, error) {
 				return
 			}
 		}
+		var slice spin.Slice
 		for ctx.Err() == nil && (c.Count > 0 && budget.Add(-1) >= 0 || c.Count == 0 && time.Now().Before(deadline)) {
+			slice.Yield()
 			t := time.Now()
 			if _, err := s.Write(req); err != nil {
 				recs[i].fail(err)
@@ -231,7 +237,9 @@ func ConnectRequestClose(ctx context.Context, c Config) (Result, error) {
 	budget.Store(int64(c.Count))
 	workers(c.Streams, func(i int) {
 		sa, family := sockaddr(ta) // one each: Connect writes into it
+		var slice spin.Slice
 		for ctx.Err() == nil && (c.Count == 0 || budget.Add(-1) >= 0) {
+			slice.Yield()
 			t := time.Now()
 			if !t.Before(deadline) {
 				return

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"patchbay/internal/spin"
 )
 
 // A datagram starts with its operation (1 byte) and, but for opEcho, its session (4 bytes).
@@ -77,8 +79,10 @@ func Flood(ctx context.Context, c Config) (Result, error) {
 // sendFlood calls send until the deadline, paced to rate calls a second when that is not zero, and returns how many succeeded.
 func sendFlood(ctx context.Context, rate int, deadline time.Time, send func() error) (sent int64) {
 	start := time.Now()
+	var slice spin.Slice
 	for i := 0; ; i++ {
 		if i%64 == 0 || rate > 0 {
+			slice.Yield()
 			now := time.Now()
 			if now.After(deadline) || ctx.Err() != nil {
 				return sent
@@ -112,6 +116,7 @@ func floodBack(ctx context.Context, s blockingSocket, c Config, session uint32) 
 	}
 	var res Result
 	var first, last time.Time
+	var slice spin.Slice
 	buf := make([]byte, 64<<10)
 	for ctx.Err() == nil {
 		n, err := s.Read(buf)
@@ -127,6 +132,7 @@ func floodBack(ctx context.Context, s blockingSocket, c Config, session uint32) 
 		}
 		if res.Received%minDatagrams == 0 {
 			last = time.Now()
+			slice.Yield()
 		}
 		res.Bytes += int64(n)
 	}
@@ -149,6 +155,7 @@ func (s *Server) serveUDP(ctx context.Context, u blockingSocket) {
 	sessions := make(map[uint32]*session)
 	var cur *session
 	buf := make([]byte, 64<<10)
+	var slice spin.Slice
 	for ctx.Err() == nil {
 		n, from, err := recvfrom(u.fd, buf)
 		if ctx.Err() != nil {
@@ -158,6 +165,7 @@ func (s *Server) serveUDP(ctx context.Context, u blockingSocket) {
 			continue // an ICMP error of an earlier answer, or an empty datagram
 		}
 		if buf[0] == opEcho {
+			slice.Yield()
 			_ = sendto(u.fd, buf[:n], &from) // a lost answer is the client's to notice
 			continue
 		}
@@ -180,6 +188,7 @@ func (s *Server) serveUDP(ctx context.Context, u blockingSocket) {
 			cur.bytes += int64(n)
 			if cur.count%minDatagrams == 0 {
 				cur.last = time.Now()
+				slice.Yield()
 			}
 		case opQuery:
 			out := append([]byte{opCount}, buf[1:5]...)

@@ -21,6 +21,7 @@ import (
 	"patchbay/bench/load"
 	"patchbay/internal/edge"
 	"patchbay/internal/node"
+	"patchbay/internal/spin"
 	"patchbay/nat"
 	"patchbay/tap"
 )
@@ -81,7 +82,7 @@ func demo(ctx context.Context, out io.Writer, port int) (err error) {
 	go func() { loadDone <- hostLoad.Serve(loadCtx) }()
 	defer func() { stopLoad(); err = errors.Join(err, <-loadDone) }()
 
-	node.SetProcs(node.NATLoops + 2)
+	spin.SetProcs(nat.Loops + 2)
 	network, err := node.NewNetwork(ctx, node.NetworkConfig{Name: "demo", HostLoopback: true, LoopTAPs: node.FewCores()})
 	if err != nil {
 		return err

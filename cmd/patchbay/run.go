@@ -15,6 +15,7 @@ import (
 	"patchbay/internal/api"
 	"patchbay/internal/edge"
 	"patchbay/internal/node"
+	"patchbay/internal/spin"
 	"patchbay/internal/wire"
 	"patchbay/ipam"
 	"patchbay/nat"
@@ -150,11 +151,11 @@ func run(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	blocked := node.NATLoops + max(ctr.Queues, 1)
+	blocked := nat.Loops + max(ctr.Queues, 1)
 	if spec.Bypass {
 		blocked++ // its supervisor
 	}
-	node.SetProcs(blocked)
+	spin.SetProcs(blocked)
 	stats, err := openStats(c.String("stats"))
 	if err != nil {
 		return err

@@ -17,6 +17,7 @@ import (
 	"patchbay/internal/api"
 	"patchbay/internal/netns"
 	"patchbay/internal/node"
+	"patchbay/internal/spin"
 	"patchbay/internal/wire"
 	"patchbay/nat"
 	"patchbay/stream"
@@ -435,7 +436,7 @@ func (a *attachment) reading(queues int) {
 	defer n.mu.Unlock()
 	n.queues += queues - a.queues
 	a.queues = queues
-	node.SetProcs(n.queues + node.NATLoops*len(n.networks))
+	spin.SetProcs(n.queues + nat.Loops*len(n.networks))
 }
 
 // holderFD is a pidfd of the process behind id, or an error when it is gone.

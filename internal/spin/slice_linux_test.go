@@ -41,7 +41,7 @@ func switches(t *testing.T) (n int) {
 
 // A loop that sleeps in the kernel, a tenth of a millisecond at a time, as one does that serves a round trip: the monitor polls every 20 µs unless the loop gives way.
 func TestSliceQuietsTheMonitor(t *testing.T) {
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(runtime.NumCPU() + 2)) // as node.SetProcs has it
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(runtime.NumCPU() + 2)) // as SetProcs has it
 	others := func(turn func()) int {
 		before := make(chan int)
 		after := make(chan int)
