@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"patchbay/internal/testbed"
 )
 
 // otherCongestion is a congestion control that everybody may use and that a socket does not have by itself.
@@ -33,7 +35,7 @@ func otherCongestion(t *testing.T) string {
 			return name
 		}
 	}
-	t.Skipf("this machine lets nobody use another congestion control than %s", is)
+	testbed.Lacking(t, "this machine lets nobody use another congestion control than %s", is)
 	return ""
 }
 
