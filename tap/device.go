@@ -41,8 +41,7 @@ type Config struct {
 	BatchFrames int
 	// BatchBytes bounds one batch in bytes; 0 means DefaultBatchBytes. One frame more may go over it.
 	BatchBytes int
-	// Spin bounds how long a read loop whose queue is empty keeps looking, letting other goroutines run in between, before its thread
-	// sleeps; 0 means DefaultSpin, negative not at all. A loop that looks in vain does so ever more rarely.
+	// Spin bounds how long a read loop whose queue is empty keeps looking before its thread sleeps; 0 means DefaultSpin, negative not at all. A loop that looks in vain does so ever more rarely.
 	Spin time.Duration
 	// Drops is where drops are counted; nil gives the Device its own.
 	Drops *frame.DropCounters

@@ -29,9 +29,8 @@
 //
 // Frames of a batch lie one behind the other in one arena a queue, each on its own cache line. Reads and writes are raw system calls
 // that do not tell the Go scheduler, since that costs as much as a short call takes; each says itself that it may not block (nowait_linux.go). An
-// idle loop first looks again for Config.Spin, letting other goroutines run on its thread in between (see package spin), and then blocks its
-// thread in ppoll(2) on the queue and an eventfd, by which Close and the context wake it. The runtime's poller is not used: it adds a thread
-// switch to every wake-up.
+// idle loop first looks again for Config.Spin (spin.Spinner), and then blocks its thread in ppoll(2) on the queue and an eventfd, by which Close and the context wake it. Every 5 ms it lets other
+// goroutines run on its thread (spin.Slice). The runtime's poller is not used: it adds a thread switch to every wake-up.
 //
 // What was measured, on two cores that other work shared, so that single figures scatter by a factor of two (BenchmarkTCP and BenchmarkRR
 // repeat it; take them to a quiet machine before changing a default):
